@@ -1,0 +1,311 @@
+"""The typed form of a recipe: one YAML file per training stage.
+
+Every key of a recipe is a field below; an unknown key is an error. `megamm.recipe` reads, overrides
+and validates recipes; nothing else parses YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+
+@dataclass
+class LanguageConfig:
+    """Decoder-only language model (LLaMA family). Sizes may come from `preset`.
+
+    Attributes:
+        preset: name in megamm/models/presets/language.yaml; keys given beside it override it.
+        vocab_size: number of token embeddings without padding for tensor parallelism.
+        num_kv_heads: key/value heads (grouped-query attention); None means num_heads.
+        qkv_bias, out_bias: biases of the attention projections.
+        sliding_window: attend to at most this many previous positions; None means all.
+        tie_embeddings: output layer shares the input embedding.
+        init_std: standard deviation of randomly initialised weights.
+    """
+
+    preset: Optional[str] = None
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: Optional[int] = None
+    ffn_hidden_size: int = 0
+    vocab_size: int = 0
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    sliding_window: Optional[int] = None
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass
+class VisionConfig:
+    """Vision transformer (CLIP style). Sizes may come from `preset`.
+
+    Attributes:
+        preset: name in megamm/models/presets/vision.yaml; keys given beside it override it.
+        image_size, patch_size: pixels; images are square.
+        feature_layer: whose output is taken, as an index into the hidden states [embeddings, block 1,
+            ..., block L]: -2 is the output of the last block but one (LLaVA), -1 of the last block.
+        feature_select: "patch" drops the class token, "all" keeps it.
+    """
+
+    preset: Optional[str] = None
+    image_size: int = 0
+    patch_size: int = 0
+    width: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
+    mlp_width: int = 0
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    feature_layer: int = -2
+    feature_select: Literal["patch", "all"] = "patch"
+    init_std: float = 0.02
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Feature positions that one image yields (P)."""
+        return self.num_patches + (1 if self.feature_select == "all" else 0)
+
+
+@dataclass
+class ConnectorConfig:
+    """What stands between the vision encoder and the language model.
+
+    Attributes:
+        kind: "mlp" (LLaVA: Linear, GELU, Linear) or "resampler" (Flamingo's perceiver resampler).
+        num_latents, depth, num_heads, head_dim, ffn_multiple: of the resampler.
+    """
+
+    kind: Literal["mlp", "resampler"] = "mlp"
+    num_latents: int = 64
+    depth: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    ffn_multiple: int = 4
+
+
+@dataclass
+class CrossAttentionConfig:
+    """Tanh-gated cross-attention blocks (Flamingo) in front of every n-th decoder layer.
+
+    Attributes:
+        every: a block stands before decoder layer i (from 0) when (i + 1) % every == 0.
+    """
+
+    every: int = 4
+    num_heads: int = 8
+    head_dim: int = 64
+    ffn_multiple: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """A vision-language model.
+
+    Attributes:
+        assembly: "merged": image features replace their placeholders in the sequence (LLaVA);
+            "cross_attention": the decoder attends to them through gated blocks (Flamingo).
+    """
+
+    assembly: Literal["merged", "cross_attention"] = "merged"
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Sequence positions that one image placeholder takes."""
+        return self.vision.num_features if self.assembly == "merged" else 1
+
+
+@dataclass
+class ImageConfig:
+    """How pictures become tensors.
+
+    Attributes:
+        loader: "dali", "pillow", or "auto" (DALI where it works).
+        fit: "squash" resizes to the square, "crop" resizes the shorter edge and crops the centre,
+            "pad" pads to a square with the mean colour first.
+        random_crop_scale: training only; crop a random area of at least this share of the picture
+            and resize it (1.0 switches it off). Evaluation never crops at random.
+        random_flip: training only; mirror left-right with probability one half.
+        mean, std: per channel, for values in [0, 1].
+        max_pixels: larger pictures are refused before they are decoded.
+        num_workers: decoding threads of each loading process.
+    """
+
+    loader: Literal["auto", "dali", "pillow"] = "auto"
+    fit: Literal["squash", "crop", "pad"] = "crop"
+    random_crop_scale: float = 1.0
+    random_flip: bool = False
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    max_pixels: int = 64_000_000
+    num_workers: int = 1
+
+
+@dataclass
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+        train: a directory written by `megamm prepare`.
+        sequence_length: S; shorter samples are padded, longer ones truncated (never inside an image).
+        max_images: per sample; a sample with more is cut before the first image too many.
+        max_bad_images: stop the run when more than this share of samples had to be replaced.
+        prefetch: micro-batches prepared ahead.
+    """
+
+    train: Optional[str] = None
+    sequence_length: int = 2048
+    max_images: int = 8
+    image: ImageConfig = field(default_factory=ImageConfig)
+    max_bad_images: float = 0.05
+    prefetch: int = 4
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule (steps are optimizer steps).
+
+    Attributes:
+        decay_steps: steps over which the rate falls from `lr` to `min_lr`; None means training.steps.
+        clip_grad: global gradient norm limit; 0 switches clipping off.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: Optional[int] = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out; data parallelism takes the remaining processes.
+
+    Attributes:
+        tensor, pipeline: group sizes.
+        virtual_pipeline: model chunks per pipeline stage (interleaved schedule); None means 1.
+        sequence: sequence parallelism (needs tensor > 1).
+        distributed_optimizer: optimizer state sharded over the data-parallel group (ZeRO-1).
+        backend: transformer layers from Transformer Engine ("te"), from megatron-core and megamm
+            ("local"), or the best that works ("auto").
+        timeout_s: a collective that takes longer fails the run instead of hanging.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: Optional[int] = None
+    sequence: bool = False
+    distributed_optimizer: bool = True
+    backend: Literal["auto", "te", "local"] = "auto"
+    timeout_s: int = 600
+
+
+@dataclass
+class TrainingConfig:
+    """What one stage does.
+
+    Attributes:
+        steps: optimizer steps of the stage.
+        freeze: parts that are not trained: "vision", "connector", "language" (decoder without the
+            gated blocks), "cross_attention".
+        init_from: a checkpoint whose weights start this stage (optimizer and step start afresh).
+        device: "auto" takes CUDA when there is one.
+    """
+
+    steps: int = 1000
+    global_batch_size: int = 1
+    micro_batch_size: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    freeze: list[Literal["vision", "connector", "language", "cross_attention"]] = field(default_factory=list)
+    init_from: Optional[str] = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay.
+
+    Attributes:
+        interval: optimizer steps between checkpoints; 0 writes only the last one.
+        keep: how many of the newest stay on disk.
+    """
+
+    interval: int = 500
+    keep: int = 2
+
+
+@dataclass
+class ResumeConfig:
+    """What happens when the run directory already has checkpoints.
+
+    Attributes:
+        enabled: go on from the newest good checkpoint.
+        strict: a damaged newest checkpoint stops the run instead of falling back to an older one.
+    """
+
+    enabled: bool = True
+    strict: bool = False
+
+
+@dataclass
+class LogConfig:
+    """What the run reports.
+
+    Attributes:
+        interval: optimizer steps between log lines.
+        tensorboard: also write TensorBoard event files into the run directory.
+    """
+
+    interval: int = 10
+    tensorboard: bool = True
+
+
+@dataclass
+class Recipe:
+    """One training stage, complete.
+
+    Attributes:
+        name: of the run, for logs.
+        stage: of the training ("alignment", "instruct", ...); part of the key of the sample order.
+        seed: of weights and sample order.
+        run_dir: everything the run writes lies here.
+        tokenizer: a tokenizer directory or a SentencePiece .model file.
+        template: prompt template for questions at inference; training data carry theirs.
+    """
+
+    name: str
+    run_dir: str
+    tokenizer: str
+    model: ModelConfig
+    stage: str = "train"
+    seed: int = 1
+    template: Literal["plain", "vicuna"] = "vicuna"
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    log: LogConfig = field(default_factory=LogConfig)

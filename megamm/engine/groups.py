@@ -1,0 +1,119 @@
+"""Process groups: built once from the recipe's layout, then passed on explicitly."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megamm.config import ParallelConfig
+from megamm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process in the layout of the run.
+
+    Attributes:
+        collection: megatron-core's process groups (tp, pp, dp, dp_cp, mp, embd, ...).
+        device: where this process computes.
+        tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size: coordinates and extents.
+    """
+
+    collection: ProcessGroupCollection
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_model_leader(self) -> bool:
+        """Whether this rank reads the data for its copy of the model."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def model_leader(self) -> int:
+        """Global rank of the data reader of this rank's copy of the model."""
+        return dist.get_global_rank(self.collection.mp, 0)
+
+
+def world_size() -> int:
+    """Processes of the run as the launcher announces them (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> Groups:
+    """Join the process group and build the model-parallel groups.
+
+    Args:
+        parallel: group sizes; data parallelism takes what is left of the world.
+        device: of this process.
+        backend: torch.distributed backend ("nccl" or "gloo").
+    Raises:
+        InputError: the world is not a multiple of tensor x pipeline.
+    """
+    world = world_size()
+    model_size = parallel.tensor * parallel.pipeline
+    if world % model_size:
+        raise InputError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
+            f"{model_size} processes, but {world} were started; start more (torchrun --nproc-per-node "
+            f"{model_size}) or lower the layout"
+        )
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=parallel.timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # a single process without a launcher
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
+    )
+    # some of megatron's modules ask for an RNG tracker even when nothing is random
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(0)
+    return current(device)
+
+
+def current(device: torch.device) -> Groups:
+    """The coordinates of this process; the groups must have been built."""
+    pgs = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        collection=pgs,
+        device=device,
+        tp_rank=pgs.tp.rank(),
+        tp_size=pgs.tp.size(),
+        pp_rank=pgs.pp.rank(),
+        pp_size=pgs.pp.size(),
+        dp_rank=pgs.dp.rank(),
+        dp_size=pgs.dp.size(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group (waits for nobody)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

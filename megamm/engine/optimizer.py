@@ -1,0 +1,85 @@
+"""Data parallelism, AdamW and the learning-rate schedule, all megatron-core's, from the recipe."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megamm.config import OptimizerConfig, Recipe
+from megamm.engine import adam
+from megamm.engine.groups import Groups
+
+
+def wrap_data_parallel(
+    models: list[torch.nn.Module], recipe: Recipe, groups: Groups
+) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers (fp32) for their trainable parameters, reduced over data parallelism."""
+    config = models[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.parallel.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(
+            config, ddp_config, model, disable_bucketing=i > 0, pg_collection=groups.collection
+        )
+        for i, model in enumerate(models)
+    ]
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], recipe: Recipe, groups: Groups
+) -> MegatronOptimizer:
+    """AdamW over the trainable parameters; no weight decay on biases, norms and gates (1-D)."""
+    adam.install_if_needed()
+    config = wrapped[0].config
+    settings = recipe.optimizer
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(
+        megatron_config, wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    return optimizer
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, settings: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then the recipe's decay to `min_lr`; counted in optimizer steps.
+
+    A warm-up longer than the decay (the published LLaVA-1.5 recipe has one) never ends; megatron asserts
+    that it does, so the decay is moved behind it.
+    """
+    decay_steps = max(settings.decay_steps or total_steps, settings.warmup_steps + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr if settings.schedule != "constant" else settings.lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

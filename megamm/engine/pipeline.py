@@ -1,0 +1,85 @@
+"""Forward and backward over the micro-batches of one step, through megatron-core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from megamm.batch import IGNORE_INDEX, Batch
+from megamm.engine.groups import Groups
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What one step's forward passes gave, over the whole data-parallel group.
+
+    Attributes:
+        loss: mean cross entropy per token that carries loss.
+        num_loss_tokens: how many those were.
+    """
+
+    loss: float
+    num_loss_tokens: int
+
+
+def forward_backward(
+    models: list[torch.nn.Module],
+    batches: list[Batch],
+    groups: Groups,
+    sequence_length: int,
+    forward_only: bool = False,
+) -> StepLoss:
+    """Run the micro-batches of a step; gradients are left in the models' gradient buffers, reduced over
+    data parallelism and divided by the number of loss tokens of the global batch.
+
+    Args:
+        models: this rank's chunks, wrapped for data parallelism.
+        batches: the micro-batches of this data-parallel rank.
+        groups: process groups.
+        sequence_length: S of every batch.
+        forward_only: no backward pass.
+    """
+    iterators: Any = [iter(batches) for _ in models]
+    unwrapped = models[0].module
+    rows = unwrapped.pipeline_rows() if groups.pp_size > 1 else 0
+    results = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(batches),
+        # the tensor between pipeline stages holds the media tokens behind the sequence
+        seq_length=sequence_length + rows,
+        micro_batch_size=batches[0].input_ids.shape[0],
+        forward_only=forward_only,
+    )
+    return _reduce_loss(results, groups)
+
+
+def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    return model(batch), partial(_loss, batch.labels)
+
+
+def _loss(labels: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of losses, number of loss tokens, both for the log); megatron divides by the global count."""
+    carries_loss = labels != IGNORE_INDEX
+    total = torch.where(carries_loss, losses.float(), 0.0).sum()
+    count = carries_loss.sum()
+    # megatron scales its loss tensor in place: the logged value needs memory of its own
+    return total, count.int(), torch.stack([total.detach(), count.float()]).clone()
+
+
+def _reduce_loss(results: list[torch.Tensor], groups: Groups) -> StepLoss:
+    """Sum over micro-batches and data-parallel ranks; known on every rank afterwards."""
+    total = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage and groups.tp_rank == 0 and results:
+        total += torch.stack(results).to(torch.float64).sum(dim=0)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return StepLoss(loss=float(total[0] / total[1].clamp(min=1)), num_loss_tokens=int(total[1]))

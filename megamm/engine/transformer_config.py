@@ -1,0 +1,100 @@
+"""From a recipe to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megamm.config import CrossAttentionConfig, Recipe
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """TransformerConfig plus what the gated cross-attention layers must know.
+
+    Attributes:
+        gated_cross_attention: geometry of the blocks, or None for a plain decoder.
+        media_width: width of the media tokens they attend to.
+    """
+
+    gated_cross_attention: Optional[CrossAttentionConfig] = None
+    media_width: int = 0
+
+
+def decoder_config(recipe: Recipe) -> DecoderConfig:
+    """The configuration of the recipe's language model in its parallel layout."""
+    language = recipe.model.language
+    dtype = _DTYPES[recipe.training.precision]
+    cross = recipe.model.cross_attention if recipe.model.assembly == "cross_attention" else None
+    return DecoderConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_heads,
+        num_query_groups=language.num_kv_heads or language.num_heads,
+        ffn_hidden_size=language.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        window_size=(language.sliding_window - 1, 0) if language.sliding_window else None,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The loss of a step is the mean over its tokens, whatever rank or micro-batch they lie in.
+        calculate_per_token_loss=True,
+        # Weights are drawn by models.initialization from their names, equal for every layout. Switching
+        # megatron's own initialisation off would also switch off the marks it puts on sharded weights,
+        # without which the gradient norm counts only rank 0's shards.
+        init_method=_leave_empty,
+        output_layer_init_method=_leave_empty,
+        embedding_init_method=_leave_empty,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Every layer has its own keys in a checkpoint: layers differ (cross-attention every n-th).
+        hetereogenous_dist_checkpoint=True,
+        gated_cross_attention=cross,
+        media_width=recipe.model.vision.width if cross else 0,
+        **_fusions(),
+        **_parallel(recipe),
+    )
+
+
+def _leave_empty(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _fusions() -> dict[str, Any]:
+    """megatron's fusions need CUDA extensions (masked softmax, gradient accumulation, rope)."""
+    cuda = torch.cuda.is_available()
+    return {
+        "bias_activation_fusion": cuda,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+
+
+def _parallel(recipe: Recipe) -> dict[str, Any]:
+    parallel = recipe.parallel
+    interleaved = (parallel.virtual_pipeline or 1) > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "sequence_parallel": parallel.sequence,
+        # With two stages the previous and the next rank are the same process, and megatron's batched
+        # p2p swaps forward and backward messages: silently wrong gradients. Overlapped p2p does not.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # Freeing a sent tensor is safe only when the send is known to be complete.
+        "deallocate_pipeline_outputs": not interleaved,
+    }

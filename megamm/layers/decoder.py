@@ -1,0 +1,184 @@
+"""The decoder: megatron-core's GPTModel with gated cross-attention layers and a padded vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megamm.config import LanguageConfig
+from megamm.engine.groups import Groups
+from megamm.engine.transformer_config import DecoderConfig
+from megamm.layers.backend import backend_by_name
+from megamm.layers.cross_attention import GatedCrossAttention
+
+
+class DecoderLayer(TransformerLayer):
+    """A decoder layer, preceded by a gated cross-attention block where the geometry asks for one.
+
+    The block belongs to the layer (instead of being a layer of its own) so that the language model's
+    layer numbers, and with them pipeline layouts and checkpoint keys, are those of the plain model.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, submodules: Any, backend_name: str = "local", **kwargs: Any
+    ) -> None:
+        super().__init__(config, submodules, **kwargs)
+        geometry = config.gated_cross_attention
+        # layer_number counts from 1 over the whole model, also on later pipeline stages
+        if geometry is not None and self.layer_number % geometry.every == 0:
+            self.gated_cross_attention: Optional[GatedCrossAttention] = GatedCrossAttention(
+                config, backend_by_name(backend_name), geometry, config.media_width, self.tp_group
+            )
+        else:
+            self.gated_cross_attention = None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        context: Optional[torch.Tensor] = None,
+        context_mask: Optional[torch.Tensor] = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        if self.gated_cross_attention is not None and context is not None:
+            hidden_states = self.gated_cross_attention(hidden_states, context, context_mask)
+        hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        return hidden_states, context
+
+
+def decoder_block_spec(
+    config: DecoderConfig, backend_name: str, pp_rank: int, vp_stage: Optional[int]
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline chunk and the final norm."""
+    norm = backend_by_name(backend_name).layer_norm(rms_norm=True)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    layer = decoder_layer_spec(backend_name)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def decoder_layer_spec(backend_name: str) -> ModuleSpec:
+    """The layer in megatron's spec language, from the backend's modules."""
+    backend = backend_by_name(backend_name)
+    fused = backend.fuse_layernorm_and_linear()
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
+    first_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    # Unfused norms are saved under the names of the fused ones: one checkpoint for both backends.
+    names = (
+        {}
+        if fused
+        else {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=first_linear,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    return ModuleSpec(
+        module=DecoderLayer,
+        params={"backend_name": backend_name},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=first_linear, linear_fc2=backend.row_parallel_linear()),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+class Decoder(GPTModel):
+    """Decoder-only transformer over embeddings that may already contain image features.
+
+    Args:
+        language: sizes of the language model.
+        config: megatron's configuration of it.
+        groups: process groups.
+        backend_name: "local" or "te".
+        pre_process, post_process: whether this pipeline chunk holds the embedding, the output layer.
+        vp_stage: index of the chunk under the interleaved schedule.
+    """
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        config: DecoderConfig,
+        groups: Groups,
+        backend_name: str,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: Optional[int] = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=decoder_block_spec(config, backend_name, groups.pp_rank, vp_stage),
+            vocab_size=padded_vocab_size(language.vocab_size, groups.tp_size),
+            max_sequence_length=language.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=language.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(language.rope_theta),
+            # image features are merged into the whole sequence before it is scattered
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+        self.valid_vocab_size = language.vocab_size
+
+    def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings of the whole sequence: [B, S] ids to [S, B, H]."""
+        return self.embedding(input_ids=input_ids, position_ids=position_ids)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a [S, ...] tensor under sequence parallelism; all of it otherwise."""
+        if self.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp)
+        return x
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross entropy per position, [B, S], from this rank's [S, B, V / tp] logits.
+
+        Positions labelled IGNORE_INDEX get a value too; the caller leaves them out.
+        """
+        return super().compute_language_model_loss(labels.clamp(min=0), self._without_padding(logits))
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits with the columns that only pad the vocabulary at the lowest finite value, so that the
+        loss is the same whatever the padding."""
+        start = self.pg_collection.tp.rank() * logits.shape[-1]
+        num_valid = max(0, min(logits.shape[-1], self.valid_vocab_size - start))
+        if num_valid == logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_valid
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The smallest multiple of `tp_size` that holds the vocabulary."""
+    return -(-vocab_size // tp_size) * tp_size

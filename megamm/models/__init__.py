@@ -1,0 +1,1 @@
+"""The models, written to be read beside their papers."""

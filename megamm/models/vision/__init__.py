@@ -1,0 +1,1 @@
+"""Vision encoders: plain single-device PyTorch."""
