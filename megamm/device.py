@@ -1,0 +1,178 @@
+"""Which device, dtype and backend a run uses: chosen once, at start, and said aloud.
+
+The only module outside `megamm.engine` that touches `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from megamm.errors import InputError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TE_REMEDY = "install NVIDIA's Transformer Engine (pip install 'megamm[gpu]') or set parallel.backend=local"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend works here, and if not, why and what helps."""
+
+    works: bool
+    reason: str
+    remedy: str = ""
+
+
+def pick_device(choice: str = "auto") -> torch.device:
+    """The device of this process; a CUDA device also becomes the current one.
+
+    Args:
+        choice: "auto" (CUDA where there is one), "cpu" or "cuda". Under torchrun or srun the process
+            takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        InputError: CUDA was asked for and is not there, or there are more local ranks than GPUs.
+    """
+    if choice not in ("auto", "cpu", "cuda"):
+        raise InputError(f"training.device: {choice!r} is unknown; use auto, cpu or cuda")
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(f"training.device: cuda was asked for but {_no_cuda()}; use device=cpu or auto")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise InputError(
+            f"LOCAL_RANK: process {local_rank} of this node has no GPU, the node has {num_gpus};"
+            f" start at most {num_gpus} processes per node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def distributed_backend(device: torch.device) -> str:
+    """The torch.distributed backend for tensors on `device`: "nccl" or "gloo"."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype that a recipe calls `precision` ("fp32" or "bf16")."""
+    if precision not in _DTYPES:
+        raise InputError(f"training.precision: {precision!r} is unknown; use {' or '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators (every device) with `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def memory_used(device: torch.device | str = "cpu") -> int:
+    """Peak memory in bytes: allocated tensors on a CUDA device, else the resident set of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """What works here, by name: "te", "local" and "flash-attn" (an option of "local")."""
+    return {"te": _te_status(), "local": _local_status(), "flash-attn": _flash_attn_status()}
+
+
+def choose_backend(choice: str = "auto") -> tuple[str, str]:
+    """The backend of the transformer layers and the reason for it, for the log.
+
+    Args:
+        choice: "auto" (te where it works, else local), "te" or "local".
+
+    Returns:
+        (name, reason), name being "te" or "local".
+
+    Raises:
+        InputError: unknown name, or a backend was asked for that does not work here.
+    """
+    if choice not in ("auto", "te", "local"):
+        raise InputError(f"parallel.backend: {choice!r} is unknown; use auto, te or local")
+    if choice == "auto":
+        te = _te_status()
+        if te.works:
+            return "te", f"auto: {te.reason}"
+        return "local", f"auto: te does not work here ({te.reason})"
+    status = _te_status() if choice == "te" else _local_status()
+    if not status.works:
+        raise InputError(f"parallel.backend: {choice} does not work here: {status.reason}; {status.remedy}")
+    return choice, f"asked for: {status.reason}"
+
+
+def _no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch finds no CUDA device"
+
+
+def _local_status() -> BackendStatus:
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        return BackendStatus(False, "megatron-core is not installed", "pip install megatron-core==0.16.1")
+    return BackendStatus(True, f"megatron-core {importlib.metadata.version('megatron-core')}")
+
+
+def _te_status() -> BackendStatus:
+    """Transformer Engine works if its torch half imports and there is a GPU to run it on."""
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or not spec.submodule_search_locations:
+        return BackendStatus(False, "Transformer Engine is not installed", _TE_REMEDY)
+    if not _te_core_libraries(Path(spec.submodule_search_locations[0])):
+        # `pip install transformer-engine` alone: all of the Python code, none of the compiled code. Importing
+        # it raises RuntimeError, also from within megatron-core.
+        reason = "only the transformer-engine meta package is installed, without its compiled parts"
+        return BackendStatus(False, reason, f"pip uninstall transformer-engine, or {_TE_REMEDY}")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, f"Transformer Engine needs CUDA and {_no_cuda()}", _TE_REMEDY)
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a broken install raises anything: ImportError, OSError, RuntimeError, ...
+        return BackendStatus(False, f"import transformer_engine.pytorch failed: {error}", _TE_REMEDY)
+    return BackendStatus(True, f"Transformer Engine {_version('transformer_engine')}")
+
+
+def _te_core_libraries(package: Path) -> list[Path]:
+    """The compiled core of Transformer Engine, wherever an editable, source or wheel install puts it."""
+    places = (package.parent, package, package / "wheel_lib")
+    return [library for place in places for library in place.glob("libtransformer_engine*")]
+
+
+def _flash_attn_status() -> BackendStatus:
+    remedy = "pip install 'megamm[gpu]'; without it torch's scaled_dot_product_attention is used"
+    if importlib.util.find_spec("flash_attn") is None:
+        return BackendStatus(False, "flash-attn is not installed", remedy)
+    if not torch.cuda.is_available():
+        return BackendStatus(False, f"flash-attn needs CUDA and {_no_cuda()}", remedy)
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # compiled against another torch: OSError or ImportError
+        return BackendStatus(False, f"import flash_attn failed: {error}", remedy)
+    return BackendStatus(True, f"flash-attn {_version('flash_attn')}")
+
+
+def _version(module: str) -> str:
+    return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself ("NVIDIA H100 80GB HBM3"), "cpu" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

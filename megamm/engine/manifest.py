@@ -1,0 +1,189 @@
+"""What makes a directory a checkpoint: a manifest with the size and hash of every file.
+
+The manifest is written last, into a temporary directory that is then renamed: a directory without a
+valid manifest was never committed. Layout of a run:
+
+    RUN_DIR/checkpoints/step_00000100/{manifest.json, recipe.yaml, tokenizer/, shards/}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamm.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
+_HASH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hash of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The commit record of a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: samples of the stage seen so far; where the data stream goes on.
+        layout: parallel sizes it was saved with (any other can load it).
+        recipe_sha256: of the recipe it was trained with.
+        has_optimizer: whether training can go on from it.
+        files: path below the checkpoint -> size and hash.
+    """
+
+    step: int
+    consumed_samples: int
+    layout: dict[str, int]
+    recipe_sha256: str
+    has_optimizer: bool
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        content = asdict(self)
+        return json.dumps({**content, "self_sha256": _hash_of(content)}, indent=1, sort_keys=True) + "\n"
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def step_directory(step: int) -> str:
+    """Name of the checkpoint of an optimizer step."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Committed checkpoints below a `checkpoints` directory, newest first (not verified)."""
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if _STEP_DIRECTORY.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint meant by a run directory, a `checkpoints` directory or a checkpoint itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path).expanduser()
+    if (path / MANIFEST).is_file() or (path / "shards").is_dir():
+        return path
+    for directory in (path / "checkpoints", path):
+        found = list_checkpoints(directory)
+        if found:
+            return found[0]
+    raise InputError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_* folders")
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check the manifest itself.
+
+    Raises:
+        InputError: it is missing, unreadable or altered.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        claimed = content.pop("self_sha256")
+        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        manifest = Manifest(**{**content, "files": files})
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, so this checkpoint was never completed; use another one") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: not a readable manifest; use another checkpoint") from None
+    if claimed != _hash_of(content):
+        raise InputError(f"{path}: altered since it was written (its hash does not match); use another checkpoint")
+    if manifest.format_version != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {manifest.format_version}, this megamm reads {FORMAT_VERSION}")
+    return manifest
+
+
+def files_below(directory: Path) -> list[str]:
+    """All files below `directory`, as sorted relative paths, without the manifest."""
+    found = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(size, digest.hexdigest())
+
+
+def find_damage(checkpoint: Path, names: list[str], files: dict[str, FileEntry]) -> list[str]:
+    """What is wrong with the files `names`, one phrase each; empty if all are as the manifest says."""
+    damage = []
+    for name in names:
+        path, entry = checkpoint / name, files[name]
+        if not path.is_file():
+            damage.append(f"{path}: missing")
+        elif path.stat().st_size != entry.size:
+            damage.append(f"{path}: {path.stat().st_size} bytes instead of {entry.size}")
+        elif hash_file(path) != entry:
+            damage.append(f"{path}: content changed since it was saved (sha256 differs)")
+    return damage
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """Check every byte of a checkpoint against its manifest.
+
+    Raises:
+        InputError: naming each damaged file.
+    """
+    manifest = read_manifest(checkpoint)
+    damage = find_damage(checkpoint, sorted(manifest.files), manifest.files)
+    if damage:
+        raise InputError("; ".join(damage) + "; use another checkpoint or restore the file")
+    return manifest
+
+
+def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest durably and give the directory its name."""
+    path = temporary / MANIFEST
+    with path.open("w") as stream:
+        stream.write(manifest.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    if final.exists():  # the same step saved again, e.g. after a damaged one was passed over
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_old(directory: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints; returns the deleted ones."""
+    old = list_checkpoints(directory)[keep:]
+    for checkpoint in old:
+        # the manifest goes first: a half-deleted checkpoint must not look like a committed one
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+    return old

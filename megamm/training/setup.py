@@ -1,0 +1,122 @@
+"""From a recipe to everything a run needs on this rank: groups, tokenizer, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm.config import Recipe
+from megamm.data.tokenizer import Tokenizer
+from megamm.device import choose_backend, distributed_backend, pick_device, seed_everything
+from megamm.engine import checkpoint, groups
+from megamm.engine.checkpoint import Progress
+from megamm.engine.groups import Groups
+from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megamm.engine.weights import initialize
+from megamm.errors import InputError
+from megamm.models.initialization import weight_drawer
+from megamm.models.vlm import build_model, part_of
+from megamm.recipe import validate_world
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """One rank's part of a training run.
+
+    Attributes:
+        models: chunks of the model that this rank holds.
+        wrapped: the same with gradient buffers and data-parallel reduction.
+        optimizer, schedule: megatron-core's.
+        progress: where training starts (resumed or 0).
+        backend_reason: which layers were chosen and why, for the log.
+    """
+
+    recipe: Recipe
+    groups: Groups
+    tokenizer: Tokenizer
+    models: list[torch.nn.Module]
+    wrapped: list[Any]
+    optimizer: Any
+    schedule: Any
+    progress: Progress
+    backend_reason: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run keeps its checkpoints."""
+        return Path(self.recipe.run_dir) / "checkpoints"
+
+
+def load_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer, checked against the size of the vocabulary.
+
+    Raises:
+        InputError: it has more tokens than the model has embeddings.
+    """
+    tokenizer = Tokenizer.load(recipe.tokenizer)
+    vocab_size = recipe.model.language.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"model.language.vocab_size: {vocab_size}, but the tokenizer {recipe.tokenizer} has "
+            f"{tokenizer.vocab_size} tokens; set it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def build_session(recipe: Recipe, report: Report) -> Session:
+    """Join the other ranks, build the model in the recipe's layout, give it its weights (random, from
+    `training.init_from`, or from the run's newest checkpoint).
+
+    Args:
+        recipe: validated.
+        report: takes lines for the log.
+    """
+    validate_world(recipe, groups.world_size())
+    device = pick_device(recipe.training.device)
+    tokenizer = load_tokenizer(recipe)
+    backend_name, reason = choose_backend(recipe.parallel.backend)
+    seed_everything(recipe.seed)
+    layout = groups.initialize(recipe.parallel, device, distributed_backend(device))
+    models = build_model(recipe, layout, backend_name, tokenizer.image_id)
+    initialize(models, weight_drawer(recipe.model, recipe.seed))
+    wrapped = wrap_data_parallel(models, recipe, layout)
+    optimizer = build_optimizer(wrapped, recipe, layout)
+    session = Session(
+        recipe=recipe,
+        groups=layout,
+        tokenizer=tokenizer,
+        models=models,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, recipe.optimizer, recipe.training.steps),
+        progress=Progress(),
+        backend_reason=f"{backend_name} ({reason})",
+    )
+    _load_weights(session, report)
+    return session
+
+
+def _load_weights(session: Session, report: Report) -> None:
+    recipe, layout = session.recipe, session.groups
+    resumed = None
+    if recipe.resume.enabled:
+        resumed = checkpoint.load_newest(
+            session.checkpoints, session.models, session.optimizer, layout, recipe.resume.strict, report
+        )
+    if resumed is not None:
+        session.progress = resumed
+        session.schedule.step(resumed.step)
+        report(f"resumed at step {resumed.step} ({resumed.consumed_samples:,} samples seen)")
+    elif recipe.training.init_from:
+        source = checkpoint.resolve(recipe.training.init_from)
+        new_parts = checkpoint.load_weights(source, session.models, layout, part_of)
+        # the optimizer's fp32 copies were made from the random weights
+        session.optimizer.reload_model_params()
+        fresh = f"; {', '.join(new_parts)} start from random weights" if new_parts else ""
+        report(f"weights from {source}{fresh}")

@@ -1,0 +1,167 @@
+"""The training loop: data, forward and backward, update, log, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamm.batch import Batch
+from megamm.config import Recipe
+from megamm.device import device_name, memory_used
+from megamm.engine import checkpoint, groups
+from megamm.engine.checkpoint import Progress
+from megamm.engine.pipeline import StepLoss, forward_backward
+from megamm.errors import RunError
+from megamm.recipe import recipe_to_yaml
+from megamm.training.feed import BatchFeed
+from megamm.training.logging import RunLogger, StepStats
+from megamm.training.setup import Session, build_session
+
+
+def train(recipe: Recipe) -> int:
+    """Run the stage that `recipe` describes, from its start or from the newest checkpoint of its run
+    directory, to its last step; every rank of the run calls this. Returns the exit code.
+
+    Raises:
+        InputError, RunError: with the remedy; on every rank.
+    """
+    early_lines: list[str] = []  # the logger needs to know where the run resumes
+    try:
+        session = build_session(recipe, early_lines.append)
+        logger = _logger(session, early_lines)
+        try:
+            _run(session, logger)
+        finally:
+            if logger is not None:
+                logger.close()
+    finally:
+        groups.shutdown()
+    return 0
+
+
+def _run(session: Session, logger: RunLogger | None) -> None:
+    recipe, progress = session.recipe, session.progress
+    if progress.step >= recipe.training.steps:
+        _say(logger, f"nothing to do: the run has its {recipe.training.steps} steps")
+        return
+    quarantine = Path(recipe.run_dir) / "quarantine.jsonl"
+    feed = BatchFeed(recipe, session.tokenizer, session.groups, progress.consumed_samples, quarantine)
+    _say(logger, f"backend {session.backend_reason}; images by {feed.image_loader}")
+    skipped_samples = 0
+    try:
+        while progress.step < recipe.training.steps:
+            started = time.perf_counter()
+            batches = feed.next_step()
+            loss, grad_norm, lr = train_step(session, batches)
+            progress = Progress(progress.step + 1, progress.consumed_samples + recipe.training.global_batch_size)
+            counts = _counts(batches, session)
+            skipped_samples += counts["skipped"]
+            if logger is not None:
+                logger.step(
+                    StepStats(
+                        step=progress.step,
+                        consumed_samples=progress.consumed_samples,
+                        loss=loss.loss,
+                        lr=lr,
+                        grad_norm=grad_norm,
+                        num_tokens=counts["tokens"],
+                        num_images=counts["images"],
+                        seconds=time.perf_counter() - started,
+                        data_wait=feed.seconds_waited,
+                        skipped_samples=skipped_samples,
+                        skipped_steps=0,
+                        memory=memory_used(session.groups.device),
+                    )
+                )
+            _check_finite(loss, grad_norm, progress.step)
+            if _is_time_to_save(recipe, progress.step):
+                _save(session, progress, logger)
+    finally:
+        feed.close()
+
+
+def train_step(session: Session, batches: list[Batch]) -> tuple[StepLoss, float, float]:
+    """One optimizer step: (loss, gradient norm before clipping, learning rate used)."""
+    # 1. clear the gradients
+    for model in session.wrapped:
+        model.zero_grad_buffer()
+    session.optimizer.zero_grad()
+    # 2. forward and backward over the micro-batches; gradients come back reduced
+    length = session.recipe.data.sequence_length
+    loss = forward_backward(session.wrapped, batches, session.groups, length)
+    # 3. clip and update
+    lr = session.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = session.optimizer.step()
+    # 4. the next learning rate
+    session.schedule.step(1)
+    return loss, float(grad_norm or 0.0), lr
+
+
+def _counts(batches: list[Batch], session: Session) -> Counter[str]:
+    """Tokens, images and replaced samples of the step, over all data-parallel ranks."""
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts["tokens"] += batch.input_ids.numel()
+        counts["images"] += int(batch.images_per_sample.sum())
+        counts["skipped"] += batch.num_skipped
+    if session.groups.dp_size == 1:
+        return counts
+    parts: list[Counter[str]] = [Counter()] * session.groups.dp_size
+    dist.all_gather_object(parts, counts, group=session.groups.collection.dp)
+    return sum(parts, Counter())
+
+
+def _check_finite(loss: StepLoss, grad_norm: float, step: int) -> None:
+    if not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
+        raise RunError(
+            f"step {step}: loss {loss.loss} with gradient norm {grad_norm}; training diverged: lower optimizer.lr "
+            "or lengthen optimizer.warmup_steps, then start again (it goes on from the last checkpoint)"
+        )
+
+
+def _is_time_to_save(recipe: Recipe, step: int) -> bool:
+    interval = recipe.checkpoint.interval
+    return step == recipe.training.steps or (interval > 0 and step % interval == 0)
+
+
+def _save(session: Session, progress: Progress, logger: RunLogger | None) -> None:
+    started = time.perf_counter()
+    path = checkpoint.save(
+        session.checkpoints,
+        progress,
+        session.models,
+        session.optimizer,
+        session.recipe,
+        session.tokenizer.save,
+        session.groups,
+    )
+    _say(logger, f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+def _logger(session: Session, early_lines: list[str]) -> RunLogger | None:
+    """The logger of rank 0, with the resolved recipe stored beside its files."""
+    if dist.get_rank() != 0:
+        return None
+    recipe = session.recipe
+    run_dir = Path(recipe.run_dir)
+    logger = RunLogger(
+        run_dir,
+        recipe,
+        recipe.training.steps,
+        start_step=session.progress.step,
+        world_size=dist.get_world_size(),
+        device_name=device_name(session.groups.device),
+    )
+    (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    for line in early_lines:
+        logger.event(line)
+    return logger
+
+
+def _say(logger: RunLogger | None, text: str) -> None:
+    if logger is not None:
+        logger.event(text)
