@@ -166,20 +166,22 @@ def load_newest(
         InputError: checkpoints exist, but none is good (never silently starts from step 0).
     """
     candidates = _gather(manifests.list_checkpoints(directory))[0]  # rank 0's view decides
+    damage: list[str] = []
     for checkpoint in candidates:
         try:
             manifest = _verify_shared_out(checkpoint)
         except InputError as error:
             if strict:
                 raise
+            damage.append(str(error))
             report(f"checkpoint passed over: {error}")
             continue
         _load_into(checkpoint, models, optimizer, groups)
         return Progress(manifest.step, manifest.consumed_samples)
     if candidates:
         raise InputError(
-            f"{directory}: all {len(candidates)} checkpoints are damaged; restore one, or start over with another "
-            "run_dir or --resume.enabled=false"
+            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over with "
+            "another run_dir or --resume.enabled=false"
         )
     return None
 

@@ -76,12 +76,16 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
             f"{model_size} processes, but {world} were started; start more (torchrun --nproc-per-node "
             f"{model_size}) or lower the layout"
         )
+    # tensor-parallel overlap relies on kernels starting in the order they are queued
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=parallel.timeout_s)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:  # a single process without a launcher
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        return _reuse(parallel, device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -94,6 +98,14 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
 
     model_parallel_cuda_manual_seed(0)
     return current(device)
+
+
+def _reuse(parallel: ParallelConfig, device: torch.device) -> Groups:
+    """The existing groups, if they are the ones asked for (loading two models in one process, say)."""
+    groups = current(device)
+    if (groups.tp_size, groups.pp_size) != (parallel.tensor, parallel.pipeline):
+        raise RuntimeError("process groups exist with another layout; call groups.shutdown() first")
+    return groups
 
 
 def current(device: torch.device) -> Groups:

@@ -1,0 +1,46 @@
+"""megamm train: one stage of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megamm.cli.common import add_command
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "train",
+        train,
+        "train one stage of a recipe, in one process or under torchrun or srun",
+        "torchrun --nproc-per-node 2 -m megamm train examples/quickstart/llava.yaml --parallel.tensor=2",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the stage")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="--a.b=c", help="values that replace those of the recipe"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the complete recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes and layout of what would run and stop"
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run `megamm train`."""
+    from megamm.recipe import load_recipe, recipe_to_yaml
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.print_config:
+        print(recipe_to_yaml(recipe), end="")
+        return 0
+    if args.dry_run:
+        from megamm.training.dry_run import dry_run
+
+        print(dry_run(recipe))
+        return 0
+    from megamm.training.train import train as run
+
+    return run(recipe)

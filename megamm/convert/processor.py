@@ -1,0 +1,161 @@
+"""The small files beside the weights with which transformers' LlavaProcessor prepares text and images
+as megamm does: image processor, placeholders, chat template; and the image settings read back from them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megamm.config import ImageConfig, VisionConfig
+from megamm.convert.engine import read_json
+from megamm.convert.fields import Fields
+from megamm.data.templates import Template
+from megamm.data.tokenizer import IMAGE_TOKEN
+from megamm.errors import InputError
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+
+# Over `messages`; what stands in capitals is filled in from a Template. An images' place is the front of
+# its turn, as in training; the tokenizer adds `<s>`.
+_CHAT = """\
+{%- macro body(message) -%}
+{%- set content = message['content'] -%}
+{%- set ns = namespace(text='', images=0) -%}
+{%- if content is string -%}{%- set ns.text = content -%}
+{%- else -%}
+{%- for item in content -%}
+{%- if item['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}
+{%- else -%}{%- set ns.text = ns.text + item['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set images = ns.images + ns.text.count(IMAGE) -%}
+{{- IMAGE_LINE * images + ns.text.replace(IMAGE, '').strip() if images else ns.text -}}
+{%- endmacro -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{{- body(messages[0]) + SYSTEM_END -}}{%- set turns = messages[1:] -%}
+{%- else -%}
+{{- SYSTEM -}}{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}{{- BEFORE_QUESTION + body(message) -}}
+{%- else -%}{{- AFTER_QUESTION + BEFORE_ANSWER + body(message) + AFTER_ANSWER -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- AFTER_QUESTION -}}{%- endif -%}"""
+
+
+def chat_template(template: Template) -> str | None:
+    """A prompt template in Jinja, or None if it is no template for conversations."""
+    if template.captions:
+        return None
+    fill = {
+        "IMAGE_LINE": IMAGE_TOKEN + "\n",
+        "IMAGE": IMAGE_TOKEN,
+        "SYSTEM_END": template.system[len(template.system.rstrip()) :],
+        "SYSTEM": template.system,
+        "BEFORE_QUESTION": template.question[0],
+        "AFTER_QUESTION": template.question[1],
+        "BEFORE_ANSWER": template.answer[0],
+        "AFTER_ANSWER": template.answer[1],
+    }
+    text = _CHAT
+    for name, value in fill.items():
+        text = text.replace(name, json.dumps(value))
+    return text
+
+
+def image_processor(vision: VisionConfig, image: ImageConfig) -> dict[str, Any]:
+    """preprocessor_config.json: what megamm does to a picture at evaluation (nothing random).
+
+    "crop" and "squash" are CLIPImageProcessor's; "pad" is LlavaImageProcessor's, which pads with the
+    mean colour rounded down to whole levels.
+    """
+    square = {"height": vision.image_size, "width": vision.image_size}
+    crop = image.fit == "crop"
+    found: dict[str, Any] = {
+        "image_processor_type": "LlavaImageProcessor" if image.fit == "pad" else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": vision.image_size} if crop else square,
+        "resample": _BICUBIC,
+        "do_center_crop": crop,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+    if image.fit == "pad":
+        found["do_pad"] = True
+    return found
+
+
+def processor(vision: VisionConfig) -> dict[str, Any]:
+    """processor_config.json: how many placeholders an image takes.
+
+    transformers counts the patches, adds the class token, and takes it off again for "default".
+    """
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default" if vision.feature_select == "patch" else "full",
+    }
+
+
+def image_config_from_hf(directory: Path, image_size: int) -> ImageConfig:
+    """The image settings of a Hugging Face directory; CLIP's where it has no image processor file.
+
+    Raises:
+        InputError: the file is damaged, or prepares images in a way that megamm has no word for.
+    """
+    path = directory / PREPROCESSOR_FILE
+    values: Any = None
+    if path.exists():
+        values = read_json(path)
+    elif (directory / PROCESSOR_FILE).exists():
+        path = directory / PROCESSOR_FILE
+        values = read_json(path).get("image_processor")
+    if values is None:
+        return ImageConfig()
+    defaults = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": _BICUBIC}
+    fields = Fields(values, {**defaults, "do_center_crop": True}, str(path))
+    for key, allowed in (
+        ("do_resize", True),
+        ("do_rescale", True),
+        ("do_normalize", True),
+        ("resample", _BICUBIC),
+    ):
+        fields.only(key, allowed)
+    image = ImageConfig()
+    image.mean = fields.triple("image_mean", image.mean)
+    image.std = fields.triple("image_std", image.std)
+    size, cropped = _edges(fields.get("size")), _edges(fields.get("crop_size"))
+    square = (image_size, image_size)
+    if fields.get("do_pad") and size in (square, (image_size,)):
+        image.fit = "pad"
+    elif fields.get("do_center_crop") and size == (image_size,) and cropped in (None, square, (image_size,)):
+        image.fit = "crop"
+    elif not fields.get("do_center_crop") and size == square:
+        image.fit = "squash"
+    else:
+        raise InputError(
+            f"{path}: its resizing and cropping does not end in {image_size} x {image_size} by crop, squash"
+            " or pad; give a recipe that says how images are prepared"
+        )
+    return image
+
+
+def _edges(size: Any) -> tuple[Any, ...] | None:
+    """(shortest edge,) or (height, width) of a size as any release of transformers writes it."""
+    if isinstance(size, dict):
+        if "shortest_edge" in size:
+            return (size["shortest_edge"],)
+        return (size.get("height"), size.get("width"))
+    return None if size is None else (size,)

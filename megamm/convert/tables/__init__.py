@@ -1,0 +1,1 @@
+"""One module for each family of checkpoints: its keys, its configuration, its files."""

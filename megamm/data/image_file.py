@@ -1,0 +1,26 @@
+"""One image file as a tensor, for inference and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megamm.data.images import ImageError, ImageLoader
+from megamm.errors import InputError
+
+
+def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor:
+    """The image at `path`: [3, image_size, image_size] float32, normalised.
+
+    Raises:
+        InputError: the file is missing or no usable image.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the image cannot be read ({error.strerror}); give an image file") from None
+    (result,) = image_loader.load([data], [0])
+    if isinstance(result, ImageError):
+        raise InputError(f"{path}: {result}; give another image") from None
+    return result

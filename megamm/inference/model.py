@@ -1,0 +1,196 @@
+"""A checkpoint, ready to answer: logits for given ids and images, greedy answers to conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm.batch import IGNORE_INDEX, Batch
+from megamm.config import ParallelConfig, Recipe
+from megamm.data.image_file import load_image_file
+from megamm.data.images import make_image_loader
+from megamm.data.templates import Template, Turn
+from megamm.data.tokenizer import Tokenizer
+from megamm.device import choose_backend, distributed_backend, pick_device
+from megamm.engine import checkpoint, groups
+from megamm.errors import InputError
+from megamm.models.vlm import VisionLanguageModel, build_model, part_of
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
+    """Load a checkpoint of any parallel layout into this process.
+
+    Args:
+        path: a checkpoint, or a run directory (its newest checkpoint).
+        device: "auto", "cpu" or "cuda".
+    Returns:
+        The model in evaluation mode, in the precision that it was trained in.
+    Raises:
+        InputError: no checkpoint there, or a damaged one.
+    """
+    where = checkpoint.resolve(path)
+    stored = checkpoint.read_recipe(where)
+    recipe = replace(
+        stored,
+        parallel=ParallelConfig(backend=stored.parallel.backend),
+        training=replace(stored.training, freeze=[]),
+    )
+    target = pick_device(device)
+    layout = groups.initialize(recipe.parallel, target, distributed_backend(target))
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_directory(where))
+    backend_name, _ = choose_backend("auto")
+    models = build_model(recipe, layout, backend_name, tokenizer.image_id)
+    missing = checkpoint.load_weights(where, models, layout, part_of)
+    if missing:
+        raise InputError(f"{where}: has no weights for {', '.join(missing)}; use a checkpoint of the whole model")
+    model = models[0].eval()
+    assert isinstance(model, VisionLanguageModel)
+    return Model(model, recipe, tokenizer, target)
+
+
+class Model:
+    """A vision-language model in one process.
+
+    Attributes:
+        recipe: that it was trained with, for one process.
+        tokenizer: of the checkpoint.
+        template: prompt template for `generate`.
+    """
+
+    def __init__(
+        self, network: VisionLanguageModel, recipe: Recipe, tokenizer: Tokenizer, device: torch.device
+    ) -> None:
+        self.network, self.recipe, self.tokenizer, self.device = network, recipe, tokenizer, device
+        self.template = Template.by_name(recipe.template)
+        self._image_loader: Any = None
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
+        """Next-token logits.
+
+        Args:
+            input_ids: [B, S] int64. Merged models: one image token per image feature, as transformers'
+                LLaVA takes them; cross-attention models: one per image.
+            images: [N, 3, H, W] already normalised, in the order of their placeholders; None for text only.
+        Returns:
+            [B, S, V] without vocabulary padding; fp32 for fp32 weights.
+        Raises:
+            InputError: placeholders and images do not agree.
+        """
+        batch = self._batch(input_ids, images)
+        vocab_size = self.recipe.model.language.vocab_size
+        return self.network(batch, return_logits=True)[..., :vocab_size]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        images: Sequence[Sequence[str | Path]],
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        """Greedy answers to conversations that end with a question.
+
+        The whole sequence is computed again for every new token (there is no key/value cache).
+
+        Args:
+            conversations: turns, with `<image>` where a picture stands.
+            images: the picture files of each conversation, in the order of their placeholders.
+            max_new_tokens: longest answer.
+        Raises:
+            InputError: a picture is missing or unreadable, counts differ, or a prompt is too long.
+        """
+        if not conversations:
+            return []
+        prompts = [self._prompt(turns) for turns in conversations]
+        self._check_counts(conversations, images)
+        pixels = self._load_images(images)
+        self._check_length(prompts, max_new_tokens)
+        answers = self._greedy(prompts, pixels, max_new_tokens)
+        return [self.tokenizer.decode(ids).strip() for ids in answers]
+
+    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Prompt ids with every placeholder repeated for each position that its image takes."""
+        per_image, image_id = self.recipe.model.tokens_per_image, self.tokenizer.image_id
+        ids = self.template.prompt(turns, self.tokenizer)
+        return [i for token in ids for i in ([token] * per_image if token == image_id else [token])]
+
+    def _greedy(
+        self, prompts: list[list[int]], images: torch.Tensor | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        sequences = [list(prompt) for prompt in prompts]
+        stops = set(self.template.stop_ids(self.tokenizer))
+        answers: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            lengths = torch.tensor([len(sequence) for sequence in sequences])
+            padded = torch.full((len(sequences), int(lengths.max())), self.tokenizer.pad_id)
+            for row, sequence in enumerate(sequences):
+                padded[row, : len(sequence)] = torch.tensor(sequence)
+            # padding comes last, so causal attention never sees it
+            logits = self.logits(padded, images)
+            best = logits[torch.arange(len(sequences)), lengths.to(logits.device) - 1].argmax(dim=-1).tolist()
+            for row in list(open_rows):
+                if best[row] in stops:
+                    open_rows.discard(row)
+                    continue
+                answers[row].append(best[row])
+                sequences[row].append(best[row])
+            if not open_rows:
+                break
+        return answers
+
+    def _batch(self, input_ids: torch.Tensor, images: torch.Tensor | None) -> Batch:
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids: shape {tuple(input_ids.shape)}, expected [batch, sequence]")
+        vision = self.recipe.model.vision
+        size = vision.image_size
+        if images is None:
+            images = torch.empty(0, 3, size, size)
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise InputError(f"images: shape {tuple(images.shape)}, expected [images, 3, {size}, {size}]")
+        per_image = self.recipe.model.tokens_per_image
+        positions = (input_ids == self.tokenizer.image_id).sum(dim=1)
+        batch = Batch(
+            input_ids=input_ids,
+            labels=torch.full_like(input_ids, IGNORE_INDEX),
+            position_ids=torch.arange(input_ids.shape[1]).expand_as(input_ids),
+            images=images.float(),
+            images_per_sample=positions // per_image,
+            sample_ids=torch.arange(input_ids.shape[0]),
+        )
+        return batch.to(self.device)
+
+    def _load_images(self, images: Sequence[Sequence[str | Path]]) -> torch.Tensor | None:
+        paths = [path for row in images for path in row]
+        if not paths:
+            return None
+        if self._image_loader is None:
+            self._image_loader = make_image_loader(
+                self.recipe.data.image, self.recipe.model.vision.image_size, training=False
+            )
+        return torch.stack([load_image_file(path, self._image_loader) for path in paths])
+
+    def _check_counts(
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[str | Path]]
+    ) -> None:
+        if len(images) != len(conversations):
+            raise InputError(f"{len(conversations)} conversations, but images for {len(images)}; give a list for each")
+        for row, (turns, files) in enumerate(zip(conversations, images, strict=True)):
+            placeholders = sum(turn.text.count("<image>") for turn in turns)
+            if placeholders != len(files):
+                raise InputError(
+                    f"conversation {row}: {placeholders} <image> placeholders, but {len(files)} pictures; "
+                    "give one picture for each placeholder"
+                )
+
+    def _check_length(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        longest, limit = max(map(len, prompts)), self.recipe.model.language.max_positions
+        if longest + max_new_tokens > limit:
+            raise InputError(
+                f"a prompt of {longest} positions and {max_new_tokens} new tokens exceed the model's {limit} "
+                "positions; shorten the prompt or lower --max-new-tokens"
+            )

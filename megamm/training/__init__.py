@@ -1,0 +1,1 @@
+"""Training one stage: the loop, its log, and what its arithmetic costs."""

@@ -1,0 +1,138 @@
+"""Model FLOPs of a step, and the peak rates they are compared with (MFU).
+
+Counted are the matrix multiplications that the maths needs, not what an implementation happens to do:
+no recomputation, no padding of the vocabulary, causal attention at half of the square, embeddings
+free. A linear layer of P weights costs, for each position,
+
+    2 P (1 + [gradient of its input needed] + [its weights trained])
+
+which is 6 P for trained weights, 4 P for frozen weights that gradients cross, and 2 P where no
+gradient is needed (a frozen encoder, or the layers below the first trainable one). Attention has no
+weights: causal self-attention over s positions of width d costs 2 s d forward for each position, and
+three times as much where gradients cross (6 s d).
+Everything is a sum over the whole batch, on all devices together.
+"""
+
+from __future__ import annotations
+
+from megamm.config import Recipe
+from megamm.recipe_checks import trainable_parts
+
+# Dense bf16 peak in FLOP/s, by what the device calls itself (data sheets of NVIDIA). First match wins.
+_PEAK_BF16 = (("A100", 312e12), ("A800", 312e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H200", 989e12))
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak of one device in FLOP/s, or None where none is known (CPUs, other precisions)."""
+    if precision != "bf16":
+        return None
+    return next((peak for name, peak in _PEAK_BF16 if name in device_name), None)
+
+
+def flops_per_step(recipe: Recipe, num_tokens: int, num_images: int) -> float:
+    """Model FLOPs (forward and backward) of a batch.
+
+    Args:
+        recipe: the model, what of it is frozen, and the sequence length.
+        num_tokens: positions of the language model, in all samples of the batch together.
+        num_images: images in all samples of the batch together.
+    """
+    return sum(flops_by_part(recipe, num_tokens, num_images).values())
+
+
+def flops_by_part(recipe: Recipe, num_tokens: int, num_images: int) -> dict[str, float]:
+    """`flops_per_step` split into vision, connector, cross_attention, language and head."""
+    trained = set(trainable_parts(recipe))
+    vision = num_images * _vision(recipe, "vision" in trained)
+    if recipe.model.connector.kind == "mlp":
+        connector = num_images * _projector(recipe, trained)
+    else:
+        connector = num_images * _resampler(recipe, trained)
+    decoder = _decoder(recipe, trained, num_tokens, num_images)
+    return {"vision": vision, "connector": connector, **decoder}
+
+
+def _linear(weights: float, input_gradient: bool, trained: bool) -> float:
+    """FLOPs of a linear layer for one position."""
+    return 2.0 * weights * (1 + input_gradient + trained)
+
+
+def _attention(pairs: float, width: float, gradient: bool) -> float:
+    """FLOPs of scores and weighted sum over `pairs` of query and key, heads together `width` wide."""
+    return 4.0 * pairs * width * (3 if gradient else 1)
+
+
+def _vision(recipe: Recipe, trained: bool) -> float:
+    """One image through the encoder, up to the block whose output is taken."""
+    v = recipe.model.vision
+    positions = v.num_patches + 1
+    embedding = v.num_patches * _linear(3 * v.patch_size**2 * v.width, False, trained)
+    weights = 4 * v.width**2 + 2 * v.width * v.mlp_width
+    block = positions * _linear(weights, trained, trained) + _attention(positions**2, v.width, trained)
+    num_used_blocks = range(v.num_layers + 1)[v.feature_layer]
+    return embedding + num_used_blocks * block
+
+
+def _projector(recipe: Recipe, trained: set[str]) -> float:
+    """The features of one image through LLaVA's two linear layers."""
+    width, hidden = recipe.model.vision.width, recipe.model.language.hidden_size
+    own, below = "connector" in trained, "vision" in trained
+    layers = _linear(width * hidden, below, own) + _linear(hidden * hidden, below or own, own)
+    return recipe.model.vision.num_features * layers
+
+
+def _resampler(recipe: Recipe, trained: set[str]) -> float:
+    """The features of one image through the perceiver resampler."""
+    c, width = recipe.model.connector, recipe.model.vision.width
+    own, below = "connector" in trained, "vision" in trained
+    inner, keys = c.num_heads * c.head_dim, recipe.model.vision.num_features + c.num_latents
+    total = 0.0
+    for layer in range(c.depth):
+        latents_gradient = own or (below and layer > 0)  # the first latents are a parameter
+        total += c.num_latents * _linear(width * inner, latents_gradient, own)
+        total += keys * _linear(2 * width * inner, own or below, own)
+        total += _attention(c.num_latents * keys, inner, own or below)
+        weights = inner * width + 2 * c.ffn_multiple * width**2
+        total += c.num_latents * _linear(weights, own or below, own)
+    return total
+
+
+def _decoder(recipe: Recipe, trained: set[str], num_tokens: int, num_images: int) -> dict[str, float]:
+    """Decoder layers, the gated blocks between them and the output layer, for a batch."""
+    model, m = recipe.model, recipe.model.language
+    own, media = "language" in trained, bool(trained & {"vision", "connector"})
+    kv_width = (m.num_kv_heads or m.num_heads) * m.head_dim
+    weights = 2 * m.hidden_size**2 + 2 * m.hidden_size * kv_width + 3 * m.hidden_size * m.ffn_hidden_size
+    pairs = _causal_pairs(recipe.data.sequence_length, m.sliding_window)
+    cross_attention = language = 0.0
+    gradient = own or (model.assembly == "merged" and media)  # of the hidden states so far
+    for layer in range(m.num_layers):
+        if model.assembly == "cross_attention" and (layer + 1) % model.cross_attention.every == 0:
+            cross_attention += _gated_block(recipe, trained, gradient, num_tokens, num_images)
+            gradient = gradient or media or "cross_attention" in trained
+        per_token = _linear(weights, gradient, own) + _attention(pairs, m.hidden_size, gradient)
+        language += num_tokens * per_token
+    head = num_tokens * _linear(m.hidden_size * m.vocab_size, gradient, own)
+    return {"cross_attention": cross_attention, "language": language, "head": head}
+
+
+def _causal_pairs(length: int, window: int | None) -> float:
+    """Keys that a position sees on average, counted as half of the square (less with a window)."""
+    seen = min(window or length, length)
+    return seen - seen**2 / (2 * length)
+
+
+def _gated_block(
+    recipe: Recipe, trained: set[str], text_gradient: bool, num_tokens: int, num_images: int
+) -> float:
+    """A gated cross-attention block; every position attends to the media tokens of one image."""
+    c, hidden = recipe.model.cross_attention, recipe.model.language.hidden_size
+    num_latents, media_width = recipe.model.connector.num_latents, recipe.model.vision.width
+    own, media = "cross_attention" in trained, bool(trained & {"vision", "connector"})
+    inner = c.num_heads * c.head_dim
+    query = _linear(hidden * inner, own or text_gradient, own)
+    behind = own or text_gradient or media  # gradients of what the attention gave
+    rest = _linear(inner * hidden + 2 * c.ffn_multiple * hidden**2, behind, own)
+    per_token = query + _attention(num_latents, inner, behind) + rest
+    keys = num_images * num_latents * _linear(2 * media_width * inner, media, own)
+    return num_tokens * per_token + keys

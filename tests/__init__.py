@@ -1,0 +1,1 @@
+"""Tests of megamm; the folders mirror the package."""

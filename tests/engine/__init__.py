@@ -1,0 +1,1 @@
+"""megatron-core on this machine, checkpoints' manifests, optimizer and schedule."""

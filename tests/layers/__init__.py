@@ -1,0 +1,1 @@
+"""Layers in megatron-core's slots, against megatron-core's own."""

@@ -1,0 +1,1 @@
+"""The models, against transformers and against independent reimplementations."""

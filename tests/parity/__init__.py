@@ -1,0 +1,1 @@
+"""The whole of megamm against transformers: the same logits, losses, gradients and answers."""

@@ -1,0 +1,13 @@
+"""Fixtures of these tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from megamm.data.tokenizer import Tokenizer
+from tests.convert.helpers import train_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))

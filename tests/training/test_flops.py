@@ -1,0 +1,204 @@
+"""FLOPs against torch's own counter, run on plain modules and on transformers' LLaMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamm.config import Recipe
+from megamm.models.projector import MLPProjector
+from megamm.models.vision.vit import VisionTransformer
+from megamm.recipe import recipe_from_dict
+from megamm.training.flops import flops_by_part, flops_per_step, peak_flops
+
+LENGTH = 32
+
+
+def recipe(*overrides: str) -> Recipe:
+    raw: dict[str, Any] = {
+        "name": "flops",
+        "run_dir": "r",
+        "tokenizer": "t",
+        "model": {
+            "language": {"preset": "tiny-llama", "num_kv_heads": 2},
+            "vision": {"preset": "tiny-vit", "image_size": 16},
+        },
+        "data": {"sequence_length": LENGTH},
+    }
+    return recipe_from_dict(raw, overrides=overrides)
+
+
+def counted(forward: Any) -> float:
+    """What torch counts in a forward pass, and in its backward pass if anything needs gradients."""
+    with FlopCounterMode(display=False) as counter:
+        out = forward()
+        if out.requires_grad:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+@pytest.mark.parametrize("trained", [True, False])
+def test_vision(trained: bool, feature_layer: int) -> None:
+    freeze = "[]" if trained else "[vision]"
+    r = recipe(f"training.freeze={freeze}", f"model.vision.feature_layer={feature_layer}")
+    tower = VisionTransformer(r.model.vision).requires_grad_(trained)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert flops_by_part(r, LENGTH, 3)["vision"] == counted(lambda: tower(images))
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"], ["connector"], ["vision", "connector"]])
+def test_projector(freeze: list[str]) -> None:
+    r = recipe(f"training.freeze={freeze}")
+    projector = MLPProjector(128, 128).requires_grad_("connector" not in freeze)
+    features = torch.randn(5, 4, 128, requires_grad="vision" not in freeze)
+    assert flops_by_part(r, LENGTH, 5)["connector"] == counted(lambda: projector(features))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "crossed"), [([], True), (["language"], True), (["language", "vision"], True)]
+)
+def test_merged_language_model(freeze: list[str], crossed: bool) -> None:
+    """transformers computes the whole square of scores; the definition counts half of it."""
+    transformers = pytest.importorskip("transformers")
+    r = recipe(f"training.freeze={freeze}")
+    m = r.model.language
+    config = transformers.LlamaConfig(
+        hidden_size=m.hidden_size,
+        intermediate_size=m.ffn_hidden_size,
+        num_hidden_layers=m.num_layers,
+        num_attention_heads=m.num_heads,
+        num_key_value_heads=m.num_kv_heads,
+        vocab_size=m.vocab_size,
+        attn_implementation="eager",
+    )
+    model = transformers.LlamaForCausalLM(config).requires_grad_("language" not in freeze)
+    embeddings = torch.randn(2, LENGTH, m.hidden_size, requires_grad=True)
+    measured = counted(lambda: model(inputs_embeds=embeddings).logits)
+    half_of_the_square = m.num_layers * 2 * LENGTH * 2 * LENGTH * m.hidden_size * (3 if crossed else 1)
+    parts = flops_by_part(r, 2 * LENGTH, 0)
+    expected = parts["language"] + parts["head"] + half_of_the_square
+    # the rotary table is an outer product of positions and frequencies, about 1e-4 of the whole
+    assert measured == pytest.approx(expected, rel=1e-3)
+
+
+def plain_resampler(r: Recipe, features: torch.Tensor, own: bool) -> torch.Tensor:
+    """The resampler's matrix products written out, with the graph structure of the real one."""
+    c, width = r.model.connector, r.model.vision.width
+    inner = c.num_heads * c.head_dim
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, requires_grad=own)
+
+    latents = weight(1, c.num_latents, width).expand(features.shape[0], -1, -1)
+    for _ in range(c.depth):
+        queries = latents * weight(width)
+        context = torch.cat([features * weight(width), queries], dim=1)
+        q, kv = queries @ weight(width, inner), context @ weight(width, 2 * inner)
+        k, v = kv.chunk(2, dim=-1)
+        latents = latents + ((q @ k.mT).softmax(-1) @ v) @ weight(inner, width)
+        normed = latents * weight(width)
+        latents = latents + (normed @ weight(width, 4 * width)).relu() @ weight(4 * width, width)
+    return latents
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"], ["connector"], ["vision", "connector"]])
+def test_resampler(freeze: list[str]) -> None:
+    r = recipe(
+        "model.assembly=cross_attention",
+        "model.connector.kind=resampler",
+        "model.connector.depth=2",
+        f"training.freeze={freeze}",
+    )
+    features = torch.randn(3, 4, 128, requires_grad="vision" not in freeze)
+    measured = counted(lambda: plain_resampler(r, features, "connector" not in freeze))
+    unneeded = 0.0
+    if freeze == ["connector"]:  # the first latents are constant: their scores need no query gradient
+        c = r.model.connector
+        unneeded = 3 * 2 * c.num_latents * (4 + c.num_latents) * c.num_heads * c.head_dim
+    assert flops_by_part(r, LENGTH, 3)["connector"] == measured + unneeded
+
+
+def plain_decoder(r: Recipe, media: torch.Tensor, freeze: list[str]) -> torch.Tensor:
+    """A decoder with gated blocks as bare matrix products; scores are not masked."""
+    m, c = r.model.language, r.model.cross_attention
+    hidden, inner, kv = m.hidden_size, c.num_heads * c.head_dim, (m.num_kv_heads or 0) * m.head_dim
+
+    def language(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, requires_grad="language" not in freeze)
+
+    def gated(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, requires_grad="cross_attention" not in freeze)
+
+    x = language(1, LENGTH, hidden)
+    for layer in range(m.num_layers):
+        if (layer + 1) % c.every == 0:
+            normed = x * gated(hidden)
+            k, v = (media @ gated(r.model.vision.width, 2 * inner)).chunk(2, dim=-1)
+            x = x + (((normed @ gated(hidden, inner)) @ k.mT).softmax(-1) @ v) @ gated(inner, hidden)
+            x = x + ((x * gated(hidden)) @ gated(hidden, 4 * hidden)) @ gated(4 * hidden, hidden)
+        normed = x * language(hidden)
+        q, k, v = (normed @ language(hidden, hidden + 2 * kv)).split([hidden, kv, kv], dim=-1)
+        groups = hidden // kv
+        k, v = k.repeat(1, 1, groups), v.repeat(1, 1, groups)
+        x = x + ((q @ k.mT).softmax(-1) @ v) @ language(hidden, hidden)
+        gate, up = ((x * language(hidden)) @ language(hidden, 2 * m.ffn_hidden_size)).chunk(2, dim=-1)
+        x = x + (gate * up) @ language(m.ffn_hidden_size, hidden)
+    return (x * language(hidden)) @ language(hidden, m.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "layers_crossed"),
+    [
+        (["vision"], 4),
+        (["vision", "language"], 3),  # the layer below the first block needs no backward at all
+        (["vision", "language", "connector"], 3),
+        (["vision", "cross_attention"], 4),
+    ],
+)
+def test_cross_attention_decoder(freeze: list[str], layers_crossed: int) -> None:
+    overrides = ["model.assembly=cross_attention", "model.connector.kind=resampler"]
+    r = recipe(*overrides, "model.cross_attention.every=2", f"training.freeze={freeze}")
+    media = torch.randn(1, r.model.connector.num_latents, 128, requires_grad="connector" not in freeze)
+    measured = counted(lambda: plain_decoder(r, media, freeze))
+    parts = flops_by_part(r, LENGTH, 1)
+    square = 2 * LENGTH * LENGTH * r.model.language.hidden_size
+    other_half = square * (3 * layers_crossed + r.model.language.num_layers - layers_crossed)
+    assert parts["cross_attention"] + parts["language"] + parts["head"] + other_half == measured
+
+
+def test_published_definition_on_a_large_model() -> None:
+    """6 P + 6 s d L for trained, 4 P + 6 s d L for frozen but crossed (P without embeddings)."""
+    sizes = [
+        "model.language.preset=llama2-13b",
+        "model.language.num_kv_heads=40",
+        "data.sequence_length=2048",
+    ]
+    weights, attention = 13_015_864_320 - 32000 * 5120 - 81 * 5120, 6 * 2048 * 5120 * 40
+    per_token = flops_per_step(recipe(*sizes), 1, 0)
+    assert per_token == 6 * weights + attention
+    frozen = flops_per_step(recipe(*sizes, "training.freeze=[language, vision]"), 1, 0)
+    assert frozen == 4 * weights + attention
+
+
+def test_sliding_window_costs_less() -> None:
+    full = flops_by_part(recipe(), LENGTH, 0)["language"]
+    narrow = flops_by_part(recipe("model.language.sliding_window=8"), LENGTH, 0)["language"]
+    wide = flops_by_part(recipe(f"model.language.sliding_window={2 * LENGTH}"), LENGTH, 0)["language"]
+    pairs = (32 * 32 / 2) - (8 * 32 - 8 * 8 / 2)  # squares at half, the window's first triangle taken off
+    assert full - narrow == pairs * 4 * 128 * 3 * 4  # FLOPs of a pair, width, backward, layers
+    assert wide == full
+
+
+def test_peaks() -> None:
+    assert peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
+    assert peak_flops("cpu", "bf16") is None
