@@ -42,7 +42,7 @@ check ruff format --check --quiet .
 check ruff check --quiet .
 check mypy megamm
 check clang-format --dry-run -Werror "${sources[@]}"
-check python tests/run_pytest.py tests -m "$marks" "$@"
+check python tests/run_pytest.py -m "$marks" "$@"
 
 if ((${#failed[@]})); then
   printf 'tests/run.sh: failed: %s\n' "$(IFS=';' && echo "${failed[*]}")" >&2

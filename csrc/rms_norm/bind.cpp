@@ -8,7 +8,6 @@
 #include "../common/tensor.h"
 #include "rms_norm.h"
 #ifdef MEGAMM_WITH_CUDA
-#include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -127,8 +126,7 @@ TwoTensors backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& weig
   check_inputs(x, weight);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto partial_rows = [](const RmsNormBackward& args) {
-    const int num_multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-    return rms_norm_partial_rows_cuda(args.rows, args.hidden, args.dtype, num_multiprocessors);
+    return rms_norm_partial_rows_cuda(args.rows, args.hidden, args.dtype);
   };
   return backward(grad, x, weight, rstd, need_x, need_weight, partial_rows, [](const RmsNormBackward& args) {
     check_launch(rms_norm_backward_cuda(args, c10::cuda::getCurrentCUDAStream().stream()));

@@ -412,10 +412,12 @@ const char* rms_norm_backward_cuda(const RmsNormBackward& args, void* stream) {
   });
 }
 
-int64_t rms_norm_partial_rows_cuda(int64_t rows, int64_t hidden, DType dtype, int num_multiprocessors) {
+int64_t rms_norm_partial_rows_cuda(int64_t rows, int64_t hidden, DType dtype) {
+  int device = 0, num_multiprocessors = 1;  // if the device cannot be asked, the launch will report it
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const Plan plan = dtype == DType::kFloat32 ? backward_plan<float>(hidden) : backward_plan<__half>(hidden);
-  const int64_t resident =
-      static_cast<int64_t>(num_multiprocessors) * (kThreadsPerSM / (plan.threads * plan.rows));
+  const int64_t resident = int64_t{num_multiprocessors} * (kThreadsPerSM / (plan.threads * plan.rows));
   const int64_t blocks = (rows + plan.rows - 1) / plan.rows;
   return (blocks < resident ? blocks : resident) * plan.rows;
 }

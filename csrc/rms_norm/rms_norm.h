@@ -44,6 +44,6 @@ int64_t rms_norm_partial_rows_cpu(int64_t rows);
 // CUDA: fp32, fp16, bf16; the weight is fp32 or as x. `stream` is a cudaStream_t. Null, or what went wrong.
 const char* rms_norm_forward_cuda(const RmsNormForward& args, void* stream);
 const char* rms_norm_backward_cuda(const RmsNormBackward& args, void* stream);
-int64_t rms_norm_partial_rows_cuda(int64_t rows, int64_t hidden, DType dtype, int num_multiprocessors);
+int64_t rms_norm_partial_rows_cuda(int64_t rows, int64_t hidden, DType dtype);  // on the current device
 
 }  // namespace megamm

@@ -17,7 +17,7 @@ while (($#)); do
     llava | flamingo) system=$1 ;;
     --seed)
       seed=${2-}
-      shift
+      (($# < 2)) || shift
       ;;
     --keep) keep=yes ;;
     *)

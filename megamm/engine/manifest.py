@@ -106,7 +106,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         manifest = Manifest(**{**content, "files": files})
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint was never completed; use another one") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a readable manifest; use another checkpoint") from None
     if claimed != _hash_of(content):
         raise InputError(f"{path}: altered since it was written (its hash does not match); use another checkpoint")

@@ -143,7 +143,7 @@ class Decoder(GPTModel):
             parallel_output=True,
             share_embeddings_and_output_weights=language.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=int(language.rope_theta),
+            rotary_base=language.rope_theta,
             # image features are merged into the whole sequence before it is scattered
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups.collection,

@@ -47,7 +47,7 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
     vision_residual = 1 / math.sqrt(2 * model.vision.num_layers)
     default_linear = _fan_in(1 / math.sqrt(3))
     return [
-        (r".*(norm\d?|layer_norm|layernorm)[._]weight", _ones),
+        (r".*norm\w*?[._]weight", _ones),
         (r".*(_gate|bias)", _zeros),
         (r"language\.(embedding\.word_embeddings|output_layer)\.weight", _normal(std)),
         (r"language\..*\.gated_cross_attention\..*\.weight", default_linear),

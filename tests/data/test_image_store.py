@@ -68,19 +68,17 @@ def test_hostile_members_are_left_out(tmp_path: Path) -> None:
 
 
 def test_damaged_tars(tmp_path: Path, image_folder: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", image_folder).read_bytes()
-    names = set(index_tar(tmp_path / "whole.tar"))
-    assert len(names) == 12
-    bad = tmp_path / "bad.tar"
-    second = whole.index(b"1.png")
-    for damaged in (
-        whole[: len(whole) // 2],
-        whole[:700],
-        whole[:second] + b"\xff" * 512 + whole[second + 512 :],
-    ):
-        bad.write_bytes(damaged)
+    """Cut inside a member, inside a header, and with a header in the middle that is none."""
+    big = write_tar(tmp_path / "big.tar", image_folder).read_bytes()
+    assert len(index_tar(tmp_path / "big.tar")) == 12
+    small = write_members(
+        tmp_path / "small.tar", [member(name, data=b"x" * 512) for name in "abc"]
+    ).read_bytes()
+    damaged = [big[: len(big) // 2], big[:700], small[:1300], small[:1024] + b"\xff" * 512 + small[1536:]]
+    for data in damaged:
+        (tmp_path / "bad.tar").write_bytes(data)
         with pytest.raises(InputError, match=r"bad.tar: .*damaged or cut short"):
-            index_tar(bad)
+            index_tar(tmp_path / "bad.tar")
 
 
 def test_random_damage_is_our_error_or_a_smaller_index(tmp_path: Path) -> None:

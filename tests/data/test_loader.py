@@ -92,6 +92,15 @@ def test_resuming_gives_the_same_stream(
     assert all(same(a, b) for a, b in zip(whole[-6:], rest, strict=True))
 
 
+def test_augmentation_differs_by_epoch_and_place(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """One sample with the same picture twice, seen 8 times: 16 crops, hardly any two alike."""
+    names = write_images(tmp_path / "images", 1)
+    data = prepared(tmp_path, [entry(0, names * 2, "a", "b")], tokenizer_dir, [tmp_path / "images"]).out
+    settings = recipe(data, tokenizer_dir, image={"loader": "pillow", "random_crop_scale": 0.2})
+    found = batches(settings, Tokenizer.load(tokenizer_dir), 4)
+    assert len({float(image.sum()) for batch in found for image in batch.images}) >= 14
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_step_holds_the_same_samples_for_every_number_of_ranks(
     micro: int, dataset_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer

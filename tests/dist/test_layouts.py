@@ -22,53 +22,67 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TOLERANCE = 1e-5  # of the largest element of a tensor
 
 
-def run(world_size: int, assembly: str, overrides: dict[str, Any], sabotage: str | None = None) -> list[Any]:
-    args = {"assembly": assembly, "overrides": overrides, "sabotage": sabotage}
-    return run_distributed(world_size, "tests.dist.workers:one_step", args)
+Results = list[dict[str, Any]]  # of each rank
+
+
+def run(
+    world_size: int,
+    overrides: dict[str, Any],
+    assemblies: tuple[str, ...] = ASSEMBLIES,
+    sabotage: str | None = None,
+) -> dict[str, Results]:
+    """One step of each assembly in a layout: by assembly, the results of the ranks."""
+    args = {"assemblies": assemblies, "overrides": overrides, "sabotage": sabotage}
+    ranks = run_distributed(world_size, "tests.dist.workers:one_step_each", args)
+    return {assembly: [rank[assembly] for rank in ranks] for assembly in assemblies}
 
 
 @functools.cache
-def reference(assembly: str) -> dict[str, Any]:
-    result = run(1, assembly, {})
-    return {**result[0], "gradients": whole_tensors(result, "gradients")}
+def reference() -> dict[str, dict[str, Any]]:
+    """Loss, gradient norm and whole gradients of one process, by assembly."""
+    return {
+        assembly: {**results[0], "gradients": whole_tensors(results, "gradients")}
+        for assembly, results in run(1, {}).items()
+    }
 
 
-def worst_difference(results: list[Any], expected: dict[str, Any]) -> tuple[float, str]:
+def worst_difference(results: Results, expected: dict[str, Any]) -> tuple[float, str]:
     """Largest difference of a gradient relative to its largest element, and whose it is."""
-    gradients = whole_tensors(results, "gradients")
-    assert gradients.keys() == expected["gradients"].keys()
     differences = []
-    for name, value in expected["gradients"].items():
-        got = gradients[name][: len(value)]  # a layout may pad the vocabulary further
-        differences.append((float((got - value).abs().max() / value.abs().max().clamp(min=1e-8)), name))
+    for name, got in whole_tensors(results, "gradients").items():
+        want = expected["gradients"][name]
+        got = got[: len(want)]  # a layout may pad the vocabulary further
+        differences.append((float((got - want).abs().max() / want.abs().max().clamp(min=1e-8)), name))
     return max(differences)
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_equal_one_process(assembly: str, layout: str) -> None:
-    world_size, overrides = LAYOUTS[layout]
-    results, expected = run(world_size, assembly, overrides), reference(assembly)
-    for result in results:
-        assert result["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
-        assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=TOLERANCE)
-    difference, name = worst_difference(results, expected)
-    assert difference <= TOLERANCE, f"gradient of {name} differs by {difference:.1e}"
+def test_loss_and_gradients_equal_one_process(layout: str) -> None:
+    for assembly, results in run(*LAYOUTS[layout]).items():
+        expected = reference()[assembly]
+        for result in results:
+            assert result["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+            assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=TOLERANCE)
+        names = {name for result in results for name, *_ in result["gradients"]}
+        assert names == expected["gradients"].keys()
+        difference, name = worst_difference(results, expected)
+        assert difference <= TOLERANCE, f"{assembly}: gradient of {name} differs by {difference:.1e}"
 
 
 @pytest.mark.parametrize("frozen", ["language", "vision"])
 def test_frozen_parts_have_no_gradient_and_change_no_other(frozen: str) -> None:
-    overrides = {"training.freeze": f"[{frozen}]"}
-    results = run(2, "cross_attention", {"parallel.tensor": 2, **overrides})
-    gradients, full = whole_tensors(results, "gradients"), reference("cross_attention")["gradients"]
-    assert gradients and len(gradients) < len(full)
-    for name, value in gradients.items():
-        assert float((value - full[name]).abs().max() / full[name].abs().max().clamp(min=1e-8)) <= TOLERANCE, name
+    overrides = {"parallel.tensor": 2, "training.freeze": f"[{frozen}]"}
+    for assembly, results in run(2, overrides).items():
+        names = {name for result in results for name, *_ in result["gradients"]}
+        left_out = reference()[assembly]["gradients"].keys() - names
+        assert names and left_out and all(name.startswith(f"{frozen}.") for name in left_out)
+        assert not any(name.startswith(f"{frozen}.") and ".gated_" not in name for name in names)
+        assert worst_difference(results, reference()[assembly])[0] <= TOLERANCE
 
 
 def test_indivisible_vocabulary_is_padded_without_changing_the_loss() -> None:
     # 67 tokens: 68 rows on two ranks, the 68th must not take part in the softmax
-    result = run(2, "merged", {"parallel.tensor": 2})[0]
-    name, shape = next((n, s) for n, s, _, _ in result["gradients"] if n.endswith("output_layer.weight"))
-    assert shape[0] == 68, name
-    assert result["loss"] == pytest.approx(reference("merged")["loss"], rel=1e-6)
+    result = run(2, {"parallel.tensor": 2}, ("merged",))["merged"][0]
+    shapes = {name: shape for name, shape, _, _ in result["gradients"]}
+    assert shapes["language.output_layer.weight"][0] == 68
+    assert result["loss"] == pytest.approx(reference()["merged"]["loss"], rel=1e-6)

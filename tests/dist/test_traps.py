@@ -15,8 +15,8 @@ from tests.dist.tiny import tiny_recipe
 
 def test_two_interleaved_stages_need_overlapped_p2p() -> None:
     overrides = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
-    results = run(2, "merged", overrides, sabotage="without_overlapped_p2p")
-    difference, _ = worst_difference(results, reference("merged"))
+    results = run(2, overrides, ("merged",), "without_overlapped_p2p")["merged"]
+    difference, _ = worst_difference(results, reference()["merged"])
     assert difference > 100 * TOLERANCE, "batched p2p is right now: the remedy can go"
 
 
@@ -30,24 +30,20 @@ def test_sent_tensors_are_freed_only_without_overlap() -> None:
 
 def test_replicated_parameters_on_sequence_shards_need_their_mark() -> None:
     overrides = {"parallel.tensor": 2, "parallel.sequence": True}
+    results = run(2, overrides, ("cross_attention",), "without_sequence_parallel_marks")["cross_attention"]
     with pytest.raises(AssertionError, match="replicas of .* differ"):
-        worst_difference(
-            run(2, "cross_attention", overrides, sabotage="without_sequence_parallel_marks"),
-            reference("cross_attention"),
-        )
+        worst_difference(results, reference()["cross_attention"])
 
 
 def test_gradient_norm_needs_the_marks_of_sharded_weights() -> None:
-    results = run(2, "merged", {"parallel.tensor": 2}, sabotage="without_tensor_parallel_marks")
-    assert results[0]["grad_norm"] < 0.99 * reference("merged")["grad_norm"]
+    results = run(2, {"parallel.tensor": 2}, ("merged",), "without_tensor_parallel_marks")["merged"]
+    assert results[0]["grad_norm"] < 0.99 * reference()["merged"]["grad_norm"]
 
 
 def test_dealt_images_need_their_gradients_shared() -> None:
+    results = run(2, {"parallel.tensor": 2}, ("merged",), "without_shared_encoder_gradients")["merged"]
     with pytest.raises(AssertionError, match="replicas of vision.* differ"):
-        worst_difference(
-            run(2, "merged", {"parallel.tensor": 2}, sabotage="without_shared_encoder_gradients"),
-            reference("merged"),
-        )
+        worst_difference(results, reference()["merged"])
 
 
 def sharding_of_lists() -> dict[str, Any]:
@@ -73,23 +69,53 @@ def test_parallel_linears_in_a_list_are_saved_whole() -> None:
     assert result["plain"] == (16, 48), "megatron records plain ModuleLists correctly now: ShardedModuleList can go"
 
 
-def adam_steps(ours: bool) -> dict[str, Any]:
-    """The step count that Adam has after two steps, a round trip through a state dict, and one more."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
+def resumed_steps(pipeline: int, freeze: list[str]) -> dict[str, Any]:
+    """Adam's step counts on this rank after two steps, and after a round trip through a checkpoint."""
+    import tempfile
+    from pathlib import Path
 
+    import torch.distributed as dist
+
+    from megamm.engine import checkpoint, groups
     from tests.dist.workers import Run
 
-    run_ = Run(tiny_recipe("merged", {} if ours else {"parallel.distributed_optimizer": True}))
-    run_.step(0)
-    run_.step(1)
-    optimizer = run_.optimizer
-    state = optimizer.state_dict()
-    steps = [group.get("step") for group in state["optimizer"]["param_groups"]]
-    assert list(nested_values(state))
-    return {"steps": steps}
+    settings = {"parallel.pipeline": pipeline, "training.freeze": f"[{','.join(freeze)}]"}
+    run_ = Run(tiny_recipe("cross_attention", settings))
+    for step in range(2):
+        run_.step(step)
+    before = _step_counts(run_.optimizer)
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    directory = Path(shared[0])
+    progress = checkpoint.Progress(2, 16)
+    checkpoint.save(
+        directory, progress, run_.models, run_.optimizer, run_.recipe, lambda d: d.mkdir(), run_.layout
+    )
+    again = Run(tiny_recipe("cross_attention", settings))
+    checkpoint.load_newest(directory, again.models, again.optimizer, again.layout, True, print)
+    after = _step_counts(again.optimizer)
+    curves = [[run.step(step) for step in (2, 3)] for run in (run_, again)]
+    groups.shutdown()
+    return {"before": before, "after": after, "curves": curves}
 
 
-def test_step_count_lies_in_the_parameter_groups() -> None:
-    """torch's Adam keeps one step per parameter, which megatron's loading then shares between them."""
-    steps = run_distributed(1, "tests.dist.test_traps:adam_steps", {"ours": True})[0]["steps"]
-    assert steps and all(step == 2 for step in steps)
+def _step_counts(optimizer: Any) -> list[int]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [group.get("step", 0) for part in parts if part.optimizer for group in part.optimizer.param_groups]
+
+
+def test_step_count_survives_a_checkpoint() -> None:
+    """torch's Adam keeps a step per parameter, which megatron's loading shares between all of them."""
+    result = run_distributed(1, "tests.dist.test_traps:resumed_steps", {"pipeline": 1, "freeze": []})[0]
+    assert set(result["before"]) == {2} == set(result["after"])
+    assert result["curves"][0] == result["curves"][1]
+
+
+def test_step_count_survives_where_rank_0_trains_nothing() -> None:
+    """Rank 0's empty parameter groups are the ones that are saved: they must count steps too."""
+    frozen = ["vision", "connector", "language"]  # the first stage of two has no gated block left to train
+    arguments = {"pipeline": 4, "freeze": frozen}
+    results = run_distributed(4, "tests.dist.test_traps:resumed_steps", arguments)
+    for result in results:
+        assert set(result["before"]) == {2} == set(result["after"])
+        assert result["curves"][0] == result["curves"][1]

@@ -15,14 +15,21 @@ import torch
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
-from megamm.convert import export_checkpoint, import_checkpoint
+from megamm.convert import export_checkpoint, import_checkpoint, import_llava
 from megamm.convert.tables import llava
 from megamm.data.templates import Turn
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine import checkpoint, groups
 from megamm.engine.groups import Groups
 from megamm.inference import load
-from tests.convert.helpers import VOCAB_SIZE, assert_bitwise_equal, hf_llava, read_tensors, save_hf
+from tests.convert.helpers import (
+    VOCAB_SIZE,
+    assert_bitwise_equal,
+    hf_llava,
+    read_tensors,
+    recipe_for,
+    save_hf,
+)
 from tests.one_process import build, whole
 
 IMAGE_ID = VOCAB_SIZE - 1
@@ -36,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         text=dict(num_key_value_heads=1), vision_feature_select_strategy="full", image_seq_length=5
     ),
     "odd vocabulary, other theta and eps": dict(
-        text=dict(vocab_size=VOCAB_SIZE + 13, rope_theta=5e5, rms_norm_eps=1e-3),
+        text=dict(vocab_size=VOCAB_SIZE + 13, rope_theta=500.5, rms_norm_eps=1e-3),
         vision=dict(layer_norm_eps=1e-3),
     ),
     "tied": dict(text=dict(tie_word_embeddings=True), tie_word_embeddings=True),
@@ -44,6 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sliding window": dict(text=dict(sliding_window=7)),
     "attention biases": dict(text=dict(attention_bias=True)),
 }
+# The decoder has no bias on the output projection of attention yet, although recipes and the conversion
+# table have one (LanguageConfig.out_bias).
+COMPARED = [
+    pytest.param(v, marks=pytest.mark.xfail(strict=True)) if v == "attention biases" else v for v in VARIANTS
+]
 
 
 @dataclass
@@ -59,16 +71,27 @@ class Pair:
         return checkpoint.read_recipe(self.checkpoint)
 
 
+def mute(model: torch.nn.Module) -> None:
+    """Logits of zero, never the largest, for what random weights would say and a trained model would not:
+    lone bytes (which tokenizers show differently), `<image>`, ids that the tokenizer does not have."""
+    with torch.no_grad():
+        model.lm_head.weight[3:259] = 0  # LLaMA's byte pieces
+        model.lm_head.weight[IMAGE_ID:] = 0
+
+
 @pytest.fixture(scope="module")
 def pairs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]:
     """All variants; imported before any groups exist, because importing makes and leaves its own."""
     found = {}
     for variant, config in VARIANTS.items():
         root = tmp_path_factory.mktemp("pair")
-        # smaller weights than the converter's tests have: attention must not saturate
         theirs = hf_llava(**config)
+        if variant != "tied":
+            mute(theirs)
         source = save_hf(theirs, tokenizer, root / "hf")
-        found[variant] = Pair(theirs, source, import_checkpoint([source], root / "checkpoint"))
+        recipe = recipe_for(import_llava(source).model)
+        recipe.training.precision = "fp32"
+        found[variant] = Pair(theirs, source, import_checkpoint([source], root / "checkpoint", recipe))
     yield found
     groups.shutdown()
 
@@ -82,7 +105,7 @@ def ids_and_images(theirs: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]
     return ids, torch.randn(3, 3, 28, 28)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMPARED)
 def test_logits(variant: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[variant]
     ids, images = ids_and_images(pair.theirs)
@@ -109,7 +132,7 @@ def layout(pairs: dict[str, Pair]) -> Groups:
     return groups.initialize(ParallelConfig(), torch.device("cpu"), "gloo")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMPARED)
 def test_loss_and_gradients(variant: str, pairs: dict[str, Pair], layout: Groups) -> None:
     pair = pairs[variant]
     ids, images = ids_and_images(pair.theirs)
@@ -137,7 +160,7 @@ def test_loss_and_gradients(variant: str, pairs: dict[str, Pair], layout: Groups
 
 
 def compare_gradients(pair: Pair, ours: dict[str, torch.Tensor]) -> None:
-    """Every gradient of theirs has its counterpart; the largest difference is small beside the largest value."""
+    """Every gradient of theirs has its counterpart, equal beside its largest element."""
     table = llava.table(pair.recipe.model)
     theirs = {table.canonical(name): p.grad for name, p in pair.theirs.named_parameters()}
     num_compared = 0
@@ -156,7 +179,11 @@ def compare_gradients(pair: Pair, ours: dict[str, torch.Tensor]) -> None:
     assert not theirs and num_compared > 30
 
 
-PROMPTS = [("<image>\nwhat is shown in this picture?", 1), ("<image><image>\ndescribe", 2), ("a red circle", 0)]
+PROMPTS = [
+    ("<image>\nwhat is shown in this picture?", 1),
+    ("<image><image>\ndescribe", 2),
+    ("a red circle", 0),
+]
 
 
 @pytest.mark.parametrize("variant", ["grouped queries", "odd vocabulary, other theta and eps"])
@@ -192,3 +219,18 @@ def test_greedy_answers(variant: str, pairs: dict[str, Pair], tmp_path: Path) ->
         wanted.append(processor.decode(new, skip_special_tokens=True).strip())
     assert answers == wanted
     assert len(set(answers)) == len(answers) and all(answers)
+
+
+@pytest.mark.xfail(strict=True, reason="a checkpoint imported without a recipe always computes in bf16")
+def test_fp32_weights_are_computed_in_fp32(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    imported = import_checkpoint([pairs["grouped queries"].source], tmp_path / "checkpoint")
+    assert load(imported, "cpu").logits(torch.full((1, 5), 7)).dtype == torch.float32
+
+
+@pytest.mark.xfail(strict=True, reason="write_weights leaves process groups that it did not make")
+def test_importing_leaves_a_loaded_model_usable(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    pair = pairs["grouped queries"]
+    model, ids = load(pair.checkpoint, "cpu"), torch.full((1, 5), 7)
+    before = model.logits(ids)
+    import_checkpoint([pair.source], tmp_path / "checkpoint", pair.recipe)
+    assert torch.equal(model.logits(ids), before)

@@ -358,3 +358,12 @@ def test_every_example_recipe_loads() -> None:
     assert recipes
     for path in recipes:
         load_recipe(path)
+
+
+def test_the_recipe_in_the_readme_loads(tmp_path: Path) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```yaml\n")[1:]
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "readme.yaml"
+        path.write_text(block.split("```")[0])
+        assert validate(load_recipe(path)) == []
