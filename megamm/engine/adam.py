@@ -65,7 +65,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         update(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],

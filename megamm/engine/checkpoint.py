@@ -180,8 +180,8 @@ def load_newest(
         return Progress(manifest.step, manifest.consumed_samples)
     if candidates:
         raise InputError(
-            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over with "
-            "another run_dir or --resume.enabled=false"
+            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
+            "with another run_dir or --resume.enabled=false"
         )
     return None
 
@@ -213,7 +213,9 @@ def _load_models(models: list[Any], state: dict[str, Any], strict: bool = True) 
         model.load_state_dict(state.get(key, {}), strict=strict)
 
 
-def load_weights(checkpoint: Path, models: list[Any], groups: Groups, part_of: Callable[[str], str]) -> list[str]:
+def load_weights(
+    checkpoint: Path, models: list[Any], groups: Groups, part_of: Callable[[str], str]
+) -> list[str]:
     """Load only the weights, verified first; parts that the checkpoint lacks altogether keep theirs.
 
     Args:
@@ -239,7 +241,8 @@ def load_weights(checkpoint: Path, models: list[Any], groups: Groups, part_of: C
     half = sorted(missing & saved_parts)
     if half:
         raise InputError(
-            f"{checkpoint}: lacks some weights of {', '.join(half)}; the recipe's model section describes another model"
+            f"{checkpoint}: lacks some weights of {', '.join(half)}; give a checkpoint of the model that the "
+            "recipe's model section describes"
         )
     _load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
     return sorted({part for parts in _gather(missing) for part in parts})

@@ -26,9 +26,26 @@ import torch
 
 # Tensor factories that megatron calls with an explicit device.
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand "
-    "randint randn tensor tril_indices triu_indices zeros zeros_like"
-).split()
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+)
 
 # What megatron calls the type of a tensor it accepts as fp32/bf16/fp16 (it compares these strings).
 _CUDA_TYPE_NAMES = {
@@ -170,7 +187,7 @@ def _patch_tensor_methods() -> None:
             return _CUDA_TYPE_NAMES.get(self.dtype) or real_type(self)
         return real_type(self, *args, **kwargs)
 
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
 
 

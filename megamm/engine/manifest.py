@@ -89,7 +89,9 @@ def resolve(path: str | Path) -> Path:
         found = list_checkpoints(directory)
         if found:
             return found[0]
-    raise InputError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_* folders")
+    raise InputError(
+        f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_* folders"
+    )
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -105,13 +107,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         manifest = Manifest(**{**content, "files": files})
     except FileNotFoundError:
-        raise InputError(f"{path}: missing, so this checkpoint was never completed; use another one") from None
+        raise InputError(
+            f"{path}: missing, so this checkpoint was never completed; use another one"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not a readable manifest; use another checkpoint") from None
     if claimed != _hash_of(content):
-        raise InputError(f"{path}: altered since it was written (its hash does not match); use another checkpoint")
+        raise InputError(
+            f"{path}: altered since it was written (its hash does not match); use another checkpoint"
+        )
     if manifest.format_version != FORMAT_VERSION:
-        raise InputError(f"{path}: format version {manifest.format_version}, this megamm reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{path}: format version {manifest.format_version}, this megamm reads {FORMAT_VERSION}"
+        )
     return manifest
 
 

@@ -20,7 +20,7 @@ from megamm.engine.groups import Groups
 def wrap_data_parallel(
     models: list[torch.nn.Module], recipe: Recipe, groups: Groups
 ) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers (fp32) for their trainable parameters, reduced over data parallelism."""
+    """The chunks with fp32 gradient buffers for their trainable parameters, reduced over data parallelism."""
     config = models[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.parallel.distributed_optimizer

@@ -46,7 +46,7 @@ def forward_backward(
         forward_only: no backward pass.
     """
     iterators: Any = [iter(batches) for _ in models]
-    unwrapped = models[0].module
+    unwrapped: Any = models[0].module
     rows = unwrapped.pipeline_rows() if groups.pp_size > 1 else 0
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,

@@ -40,8 +40,8 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InputError(
-            f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that the "
-            "recipe's model section is the one of the checkpoint"
+            f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that "
+            "the recipe's model section is the one of the checkpoint"
         ) from error
 
 
@@ -63,7 +63,9 @@ def saved_tensors(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dty
 def read_tensors(directory: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Whole tensors of the model by name, read in one process without a process group."""
     available = saved_tensors(directory)
-    wanted = {name: torch.empty(*available[name][:1], dtype=available[name][1]) for name in names or available}
+    wanted = {
+        name: torch.empty(*available[name][:1], dtype=available[name][1]) for name in names or available
+    }
     dcp.load(wanted, storage_reader=dcp.FileSystemReader(str(directory)), no_dist=True)
     return wanted
 

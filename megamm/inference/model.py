@@ -46,7 +46,9 @@ def load(path: str | Path, device: str = "auto") -> Model:
     models = build_model(recipe, layout, backend_name, tokenizer.image_id)
     missing = checkpoint.load_weights(where, models, layout, part_of)
     if missing:
-        raise InputError(f"{where}: has no weights for {', '.join(missing)}; use a checkpoint of the whole model")
+        raise InputError(
+            f"{where}: has no weights for {', '.join(missing)}; use a checkpoint of the whole model"
+        )
     model = models[0].eval()
     assert isinstance(model, VisionLanguageModel)
     return Model(model, recipe, tokenizer, target)
@@ -178,7 +180,9 @@ class Model:
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[str | Path]]
     ) -> None:
         if len(images) != len(conversations):
-            raise InputError(f"{len(conversations)} conversations, but images for {len(images)}; give a list for each")
+            raise InputError(
+                f"{len(conversations)} conversations, but images for {len(images)}; give a list for each"
+            )
         for row, (turns, files) in enumerate(zip(conversations, images, strict=True)):
             placeholders = sum(turn.text.count("<image>") for turn in turns)
             if placeholders != len(files):

@@ -31,7 +31,9 @@ class _GatherFeatures(torch.autograd.Function):
         return grads[0].chunk(size)[rank] * size, None
 
 
-def encode_dealt(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, group: Any) -> torch.Tensor:
+def encode_dealt(
+    encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, group: Any
+) -> torch.Tensor:
     """`encode(images)` with the images dealt over `group`.
 
     Args:

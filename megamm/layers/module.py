@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
@@ -19,7 +20,7 @@ class ShardedModuleList(nn.ModuleList):
 
     tp_group: Any
 
-    def __init__(self, modules: list[nn.Module], tp_group: Any) -> None:
+    def __init__(self, modules: Sequence[nn.Module], tp_group: Any) -> None:
         super().__init__(modules)
         self.tp_group = tp_group
 

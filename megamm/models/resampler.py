@@ -23,7 +23,9 @@ from megamm.layers.norms import LayerNorm
 class ResamplerLayer(MegatronModule):
     """Latents attend to [features, latents], then a feed-forward; both residual, both pre-norm."""
 
-    def __init__(self, config: Any, backend: Any, connector: ConnectorConfig, width: int, tp_group: Any) -> None:
+    def __init__(
+        self, config: Any, backend: Any, connector: ConnectorConfig, width: int, tp_group: Any
+    ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
         self.norm_media = LayerNorm(config, width)

@@ -104,9 +104,9 @@ class VisionLanguageModel(MegatronModule, ABC):
         if not torch.equal(found, expected):
             row = int((found != expected).nonzero()[0])
             raise InputError(
-                f"sample {int(batch.sample_ids[row])}: {int(found[row])} image positions in the sequence, but "
-                f"{int(batch.images_per_sample[row])} images of {positions_per_image} positions each; the data "
-                "were prepared for another model or an image span was cut"
+                f"sample {int(batch.sample_ids[row])}: {int(found[row])} image positions in the sequence, "
+                f"but {int(batch.images_per_sample[row])} images of {positions_per_image} positions each; "
+                "give as many images as placeholders (an image span may have been cut)"
             )
         if self.pre_process and batch.num_images != int(batch.images_per_sample.sum()):
             raise InputError(
@@ -115,7 +115,11 @@ class VisionLanguageModel(MegatronModule, ABC):
         return is_image
 
     def _run_decoder(
-        self, batch: Batch, embeddings: Optional[torch.Tensor], return_logits: bool, **block_kwargs: torch.Tensor
+        self,
+        batch: Batch,
+        embeddings: Optional[torch.Tensor],
+        return_logits: bool,
+        **block_kwargs: torch.Tensor,
     ) -> torch.Tensor:
         return self.language(
             input_ids=batch.input_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from megamm.config import ParallelConfig, Recipe
 from megamm.engine import groups
 from megamm.models.vlm import build_model, part_of
+from megamm.recipe import validate_world
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,28 @@ def parameter_counts(recipe: Recipe) -> dict[str, PartSize]:
 
 
 def dry_run(recipe: Recipe) -> str:
-    """The plan of a stage as text."""
-    world, parallel, training = groups.world_size(), recipe.parallel, recipe.training
-    data_parallel = max(1, world // (parallel.tensor * parallel.pipeline))
-    per_rank = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    """The plan of a stage as text.
+
+    Raises:
+        InputError: the layout does not fit the number of processes or the batch.
+    """
+    parallel, training = recipe.parallel, recipe.training
+    # without a launcher: as many processes as one copy of the model needs
+    world = int(os.environ.get("WORLD_SIZE", parallel.tensor * parallel.pipeline))
+    data_parallel = validate_world(recipe, world)
+    accumulation = training.global_batch_size // (training.micro_batch_size * data_parallel)
     counts = parameter_counts(recipe)
-    lines = [f"{recipe.name}, stage {recipe.stage}: {training.steps} steps of {training.global_batch_size} samples"]
-    lines.append(
-        f"layout: {world} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_parallel}"
-        f"{', sequence parallel' if parallel.sequence else ''}; batch {training.global_batch_size} = micro "
-        f"{training.micro_batch_size} x data {data_parallel} x accumulation {per_rank}"
-    )
-    lines += [f"{part:>16}: {size.total:>18,} parameters, {size.trainable:>18,} trained" for part, size in counts.items()]
-    total, trained = sum(s.total for s in counts.values()), sum(s.trainable for s in counts.values())
-    lines.append(f"{'all':>16}: {total:>18,} parameters, {trained:>18,} trained")
+    counts["all"] = PartSize(sum(s.total for s in counts.values()), sum(s.trainable for s in counts.values()))
+    sequence = ", sequence parallel" if parallel.sequence else ""
+    lines = [
+        f"{recipe.name}, stage {recipe.stage}: {training.steps} steps",
+        f"layout: {world} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{data_parallel}{sequence}",
+        f"batch: {training.global_batch_size} samples = micro-batch {training.micro_batch_size} x data "
+        f"{data_parallel} x accumulation {accumulation}",
+    ]
+    lines += [
+        f"{part:>16}: {size.total:>18,} parameters, {size.trainable:>18,} trained"
+        for part, size in counts.items()
+    ]
     return "\n".join(lines)

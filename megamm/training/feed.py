@@ -102,7 +102,13 @@ class BatchFeed:
     def _share_tokens(self, batch: Batch | None, size: int, length: int) -> torch.Tensor:
         """Everything but the images in one int64 message."""
         if batch is not None:
-            parts = [batch.input_ids, batch.labels, batch.position_ids, batch.images_per_sample, batch.sample_ids]
+            parts = [
+                batch.input_ids,
+                batch.labels,
+                batch.position_ids,
+                batch.images_per_sample,
+                batch.sample_ids,
+            ]
             flat = [part.reshape(-1) for part in parts] + [torch.tensor([batch.num_skipped])]
             message = torch.cat(flat).to(self.groups.device)
         else:

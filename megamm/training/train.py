@@ -57,7 +57,9 @@ def _run(session: Session, logger: RunLogger | None) -> None:
             started = time.perf_counter()
             batches = feed.next_step()
             loss, grad_norm, lr = train_step(session, batches)
-            progress = Progress(progress.step + 1, progress.consumed_samples + recipe.training.global_batch_size)
+            progress = Progress(
+                progress.step + 1, progress.consumed_samples + recipe.training.global_batch_size
+            )
             counts = _counts(batches, session)
             skipped_samples += counts["skipped"]
             if logger is not None:
@@ -118,8 +120,8 @@ def _counts(batches: list[Batch], session: Session) -> Counter[str]:
 def _check_finite(loss: StepLoss, grad_norm: float, step: int) -> None:
     if not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
         raise RunError(
-            f"step {step}: loss {loss.loss} with gradient norm {grad_norm}; training diverged: lower optimizer.lr "
-            "or lengthen optimizer.warmup_steps, then start again (it goes on from the last checkpoint)"
+            f"step {step}: loss {loss.loss} with gradient norm {grad_norm}; training diverged: lower "
+            "optimizer.lr or lengthen optimizer.warmup_steps, then start again (from the last checkpoint)"
         )
 
 

@@ -120,13 +120,14 @@ def one_step(assembly: str, overrides: dict[str, Any], sabotage: str | None = No
         run.gather_gradients()
     gradients = run.shards(lambda p: getattr(p, "main_grad", None))
     _, grad_norm, _ = run.optimizer.step()
-    groups.shutdown()
     return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
 
 
 def one_step_each(assemblies: list[str], overrides: dict[str, Any], sabotage: str | None = None) -> dict[str, Any]:
     """`one_step` for several assemblies: starting processes takes longer than running them."""
-    return {assembly: one_step(assembly, overrides, sabotage) for assembly in assemblies}
+    results = {assembly: one_step(assembly, overrides, sabotage) for assembly in assemblies}
+    groups.shutdown()
+    return results
 
 
 def save_after(assembly: str, overrides: dict[str, Any], directory: str, steps: int, more: int) -> dict[str, Any]:
