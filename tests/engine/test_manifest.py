@@ -222,7 +222,7 @@ def test_the_same_step_may_be_committed_again(tmp_path: Path) -> None:
 
 def test_resolve(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
-    old, new = (make_checkpoint(checkpoints, step) for step in (900, 100_000_000))
+    old, new = (make_checkpoint(checkpoints, step) for step in (90_000_000, 100_000_000))
     write_files(checkpoints / ".incomplete-step_00000999")
     (checkpoints / "step_x").mkdir()
     (checkpoints / "step_999999999").write_text("a file")

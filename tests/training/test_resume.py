@@ -1,0 +1,88 @@
+"""A run that is killed at a random step and started again ends bitwise equal to one that was not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamm.engine.manifest import list_checkpoints
+from tests.training.runs import STEPS, curve, kill, newest_state, run, start, wait_for_step, write_recipe
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path, tokenizer_dir: Path) -> Path:
+    """Folder of a finished single-process run."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = write_recipe(folder, dataset_dir, tokenizer_dir)
+    assert run(recipe, folder / "log") == 0, (folder / "log").read_text()
+    return folder
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    a, b = newest_state(one), newest_state(other)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in a)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert curve(one) == curve(other)
+    assert [row[0] for row in curve(one)] == list(range(1, STEPS + 1))
+
+
+def test_kill_at_a_random_step(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    step = random.SystemRandom().randint(1, STEPS - 1)
+    process = start(recipe, tmp_path / "log")
+    try:
+        wait_for_step(tmp_path / "run", step, process)
+    finally:
+        kill(process)
+    assert run(recipe, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert_same_end(uninterrupted / "run", tmp_path / "run")
+
+
+def test_kill_under_tensor_parallelism(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    folders = [tmp_path / name for name in ("straight", "killed")]
+    recipes = []
+    for folder in folders:
+        folder.mkdir()
+        recipes.append(write_recipe(folder, dataset_dir, tokenizer_dir, "cross_attention"))
+    layout = "--parallel.tensor=2"
+    assert run(recipes[0], tmp_path / "log", layout, processes=2) == 0, (tmp_path / "log").read_text()
+    process = start(recipes[1], tmp_path / "log", layout, processes=2)
+    try:
+        wait_for_step(folders[1] / "run", random.SystemRandom().randint(3, STEPS - 1), process)
+    finally:
+        kill(process)
+    assert run(recipes[1], tmp_path / "log", layout, processes=2) == 0, (tmp_path / "log").read_text()
+    assert_same_end(folders[0] / "run", folders[1] / "run")
+
+
+def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted / "run", run_dir)
+    newest = list_checkpoints(run_dir / "checkpoints")[0]
+    damaged = sorted((newest / "shards").glob("*.distcp"))[0]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    recipe, override = uninterrupted / "recipe.yaml", f"--run_dir={run_dir}"
+    strict_log, log = tmp_path / "strict.log", tmp_path / "log"
+
+    assert run(recipe, strict_log, override, "--resume.strict=true") == 2
+    assert str(damaged) in strict_log.read_text() and "Traceback" not in strict_log.read_text()
+
+    assert run(recipe, log, override) == 0
+    assert f"passed over: {damaged}" in log.read_text()
+    assert f"resumed at step {STEPS - 3}" in log.read_text()
+    assert_same_end(uninterrupted / "run", run_dir)
+
+    for checkpoint in list_checkpoints(run_dir / "checkpoints"):
+        (checkpoint / "recipe.yaml").write_text("")
+    assert run(recipe, log, override) == 2, "must not start again from step 0"
+    assert "every checkpoint is damaged" in log.read_text()

@@ -1,0 +1,96 @@
+"""megamm train from the outside: what it writes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megamm.engine.manifest import list_checkpoints, verify
+from megamm.inference import load
+from tests.training.runs import STEPS, curve, run, write_recipe
+
+
+@pytest.mark.parametrize(
+    "processes, layout", [(2, "--parallel.sequence=true --parallel.tensor=2"), (2, "--seed=5")]
+)
+def test_layouts_train_alike(
+    processes: int, layout: str, tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    """Tensor and data parallel runs through the launcher follow the curve of one process."""
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir, "cross_attention")
+    steps = "--training.steps=4"
+    single, several = f"--run_dir={tmp_path / 'a'}", f"--run_dir={tmp_path / 'b'}"
+    assert run(recipe, tmp_path / "log", steps, single) == 0, (tmp_path / "log").read_text()
+    code = run(recipe, tmp_path / "log", steps, several, *layout.split(), processes=processes)
+    assert code == 0, (tmp_path / "log").read_text()
+    for one, other in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    run_dir = tmp_path / "run"
+    overrides = ["--checkpoint.keep=2", "--log.tensorboard=true", "--training.precision=bf16"]
+    assert run(recipe, tmp_path / "log", *overrides) == 0, (tmp_path / "log").read_text()
+    assert [c.name for c in list_checkpoints(run_dir / "checkpoints")] == ["step_00000012", "step_00000009"]
+    manifest = verify(run_dir / "checkpoints" / "step_00000012")
+    assert (manifest.step, manifest.consumed_samples) == (STEPS, STEPS * 8)
+    assert curve(run_dir)[-1][2] < curve(run_dir)[0][2], "the loss must fall"
+    assert list((run_dir / "tensorboard").iterdir()) and (run_dir / "recipe.yaml").exists()
+    log = (tmp_path / "log").read_text()
+    assert "Warning" not in log and "step 12/12" in log
+    assert load(run_dir).recipe.training.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "overrides, processes, words",
+    [
+        (["--training.stepz=3"], 1, ["training.stepz", "training.steps"]),
+        (["--parallel.tensor=3"], 1, ["parallel.tensor", "3"]),
+        (["--parallel.tensor=2"], 1, ["parallel.tensor"]),
+        (["--data.train=/nowhere"], 2, ["/nowhere"]),
+        (["--model.language.vocab_size=100"], 1, ["model.language.vocab_size", "tokenizer"]),
+    ],
+)
+def test_bad_recipes_get_one_sentence(
+    overrides: list[str],
+    processes: int,
+    words: list[str],
+    tmp_path: Path,
+    dataset_dir: Path,
+    tokenizer_dir: Path,
+) -> None:
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    code = run(recipe, tmp_path / "log", *overrides, processes=processes, timeout=100)
+    log = (tmp_path / "log").read_text()
+    said = [line for line in log.splitlines() if line.startswith("megamm: ")]
+    assert len(said) == 1, log
+    assert all(word in said[0] for word in words), said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    if processes == 1:  # torchrun has an exit code of its own
+        assert code == 2 and "Traceback" not in log
+
+
+def test_bad_images_are_replaced_counted_and_recorded(
+    tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path, image_folder: Path
+) -> None:
+    from tests.data.helpers import conversations, prepared, write_images
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = write_images(folder, 12)
+    dataset = prepared(tmp_path / "data", conversations(names, 48), tokenizer_dir, [folder]).out
+    broken = folder / names[3]
+    broken.write_bytes(broken.read_bytes()[:60] + b"\0" * 40)  # after the index was made
+    recipe = write_recipe(tmp_path, dataset, tokenizer_dir)
+    assert run(recipe, tmp_path / "log", "--data.max_bad_images=0.5") == 0, (tmp_path / "log").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert rows and all(names[3] in json.dumps(row) for row in rows)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["skipped_samples"] > 0 and len(metrics) == STEPS
+    # judged after the first hundred samples, which are more than twelve steps
+    more = [f"--run_dir={tmp_path / 'b'}", "--data.max_bad_images=0.01", "--training.steps=20"]
+    assert run(recipe, tmp_path / "log", *more) == 1
+    assert "data.max_bad_images" in (tmp_path / "log").read_text()
