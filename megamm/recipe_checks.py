@@ -175,6 +175,8 @@ def _language(recipe: Recipe) -> Iterator[str]:
             f"model.language: hidden_size {m.hidden_size} / num_heads {m.num_heads} = {m.head_dim} is odd, "
             f"and rotary positions need pairs; change num_heads"
         )
+    if m.out_bias and not m.qkv_bias:
+        yield "model.language.out_bias: needs qkv_bias as well; set both, or neither"
 
 
 def _vision(recipe: Recipe) -> Iterator[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megamm.config import DataConfig, ModelConfig, Recipe
+from megamm.config import DataConfig, ModelConfig, Recipe, TrainingConfig
 from megamm.convert.engine import check_new
 from megamm.convert.processor import image_config_from_hf
 from megamm.convert.sources import Assembled, Source, combined, open_source
@@ -20,6 +21,7 @@ from megamm.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from megamm.errors import InputError, RunError
 
 # Values that change neither the weights nor what is computed from them.
+_ANY_WEIGHT = "language.decoder.final_layernorm.weight"  # every model has it
 _WITHOUT_EFFECT = {"preset", "init_std"}
 
 
@@ -178,6 +180,8 @@ def _recipe_for(found: Imported, source: Path, out: Path) -> Recipe:
     """A recipe that says no more than the source does: the model and how its images are prepared."""
     image = image_config_from_hf(source, found.model.vision.image_size)
     data = DataConfig(sequence_length=min(2048, found.model.language.max_positions), image=image)
+    # fp16 has more digits than bf16: only fp32 keeps them
+    is_bf16 = found.tensors[_ANY_WEIGHT].dtype == torch.bfloat16
     return Recipe(
         name=out.name,
         run_dir=str(out.parent),
@@ -185,4 +189,5 @@ def _recipe_for(found: Imported, source: Path, out: Path) -> Recipe:
         model=found.model,
         stage="import",
         data=data,
+        training=TrainingConfig(precision="bf16" if is_bf16 else "fp32"),
     )

@@ -30,25 +30,28 @@ class Row(NamedTuple):
 
 
 class Assembler:
-    """Brings samples to `sequence_length` positions; each image takes `tokens_per_image` of them."""
+    """Brings samples to `sequence_length` positions and at most `max_images` images, each of which takes
+    `tokens_per_image` positions."""
 
-    def __init__(self, sequence_length: int, tokens_per_image: int, image_id: int, pad_id: int):
-        self.sequence_length = sequence_length
+    def __init__(
+        self, sequence_length: int, tokens_per_image: int, image_id: int, pad_id: int, max_images: int
+    ):
+        self.sequence_length, self.max_images = sequence_length, max_images
         self.tokens_per_image = tokens_per_image
         self.image_id, self.pad_id = image_id, pad_id
 
     def row(self, tokens: np.ndarray, learnt: np.ndarray) -> Row:
         """The row of a sample with ids `tokens` [n], learnt where `learnt` [n] is not 0.
 
-        Too long a sample is cut at S, or before the image that would be cut through; that image and
-        those after it are dropped. The last position that is kept has nothing to predict.
+        Too long a sample is cut at S, or before the image that would be cut through or is one too
+        many; that image and those after it are dropped. The last position that is kept predicts nothing.
         """
         is_image = tokens == self.image_id
         images = np.flatnonzero(is_image)
         ends = images + 1 + (self.tokens_per_image - 1) * np.arange(1, len(images) + 1)
         length = len(tokens) + (self.tokens_per_image - 1) * len(images)
         kept = min(length, self.sequence_length)
-        num_images = int(np.searchsorted(ends, kept, side="right"))
+        num_images = min(int(np.searchsorted(ends, kept, side="right")), self.max_images)
         if num_images < len(images):
             kept = min(kept, int(ends[num_images]) - self.tokens_per_image)
         if self.tokens_per_image > 1 and len(images):

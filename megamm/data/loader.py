@@ -89,7 +89,11 @@ class BatchLoader:
         self.dataset = PreparedDataset(data.train)
         _check_tokenizer(self.dataset, tokenizer, recipe)
         self._assembler = Assembler(
-            data.sequence_length, recipe.model.tokens_per_image, tokenizer.image_id, tokenizer.pad_id
+            data.sequence_length,
+            recipe.model.tokens_per_image,
+            tokenizer.image_id,
+            tokenizer.pad_id,
+            data.max_images,
         )
         self.image_loader = make_image_loader(data.image, recipe.model.vision.image_size, training=True)
         self._readers = ThreadPoolExecutor(max(1, data.image.num_workers))

@@ -231,21 +231,26 @@ def load_weights(
     _verify_shared_out(checkpoint)
     saved = saved_tensors(checkpoint / "shards")
     state = _state(models, None, groups, is_loading=True)
-    missing: set[str] = set()
+    wanted: set[str] = set()
     for chunk in state.values():
-        for name in [n for n, entry in chunk.items() if getattr(entry, "key", n) not in saved]:
-            if not name.endswith("_extra_state"):
-                missing.add(part_of(name))
-            del chunk[name]
-    saved_parts = {part_of(name) for name in saved}
-    half = sorted(missing & saved_parts)
-    if half:
+        keys = {name: getattr(entry, "key", name) for name, entry in chunk.items()}
+        wanted |= {key for key in keys.values() if not key.endswith("_extra_state")}
+        for name, key in keys.items():
+            if key not in saved:
+                del chunk[name]
+    # all ranks together hold the whole model, and so come to the same verdict
+    everywhere = {key for part in _gather(wanted) for key in part}
+    missing = {part_of(key) for key in everywhere - saved.keys()}
+    present = {part_of(key) for key in everywhere & saved.keys()}
+    unknown = {key for key in saved.keys() - everywhere if part_of(key) in present}
+    if missing & present or unknown:
+        names = sorted(unknown | {key for key in everywhere - saved.keys() if part_of(key) in present})
         raise InputError(
-            f"{checkpoint}: lacks some weights of {', '.join(half)}; give a checkpoint of the model that the "
-            "recipe's model section describes"
+            f"{checkpoint}: holds another model than the recipe's model section describes ({len(names)} "
+            f"weights differ, among them {names[0]}); give a checkpoint of that model"
         )
     _load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
-    return sorted({part for parts in _gather(missing) for part in parts})
+    return sorted(missing)
 
 
 # --- one process, no training -------------------------------------------------------------------------
@@ -280,6 +285,7 @@ def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, t
     """
     if out.exists():
         raise InputError(f"{out}: already exists; choose another --out or remove it")
+    owns_groups = not dist.is_initialized()
     process_groups.initialize(ParallelConfig(), torch.device("cpu"), "gloo")
     temporary = out.parent / f".incomplete-{out.name}"
     try:
@@ -291,7 +297,8 @@ def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, t
         manifests.commit(temporary, out, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        process_groups.shutdown()
+        if owns_groups:
+            process_groups.shutdown()
     return out
 
 

@@ -167,20 +167,18 @@ def verify(checkpoint: Path) -> Manifest:
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest durably and give the directory its name."""
-    path = temporary / MANIFEST
-    with path.open("w") as stream:
-        stream.write(manifest.to_json())
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Write the manifest, make all files durable, and give the directory its name."""
+    (temporary / MANIFEST).write_text(manifest.to_json())
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
     if final.exists():  # the same step saved again, e.g. after a damaged one was passed over
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_directory(final.parent)
+    _sync(final.parent)
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,10 +18,13 @@ class DecoderConfig(TransformerConfig):
     """TransformerConfig plus what the gated cross-attention layers must know.
 
     Attributes:
+        attention_out_bias: whether attention's output projection has a bias (InternLM); megatron knows
+            only one switch for the biases of all linears.
         gated_cross_attention: geometry of the blocks, or None for a plain decoder.
         media_width: width of the media tokens they attend to.
     """
 
+    attention_out_bias: bool = False
     gated_cross_attention: Optional[CrossAttentionConfig] = None
     media_width: int = 0
 
@@ -43,6 +46,7 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
+        attention_out_bias=language.out_bias,
         window_size=(language.sliding_window - 1, 0) if language.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -134,7 +134,10 @@ class Model:
                 padded[row, : len(sequence)] = torch.tensor(sequence)
             # padding comes last, so causal attention never sees it
             logits = self.logits(padded, images)
-            best = logits[torch.arange(len(sequences)), lengths.to(logits.device) - 1].argmax(dim=-1).tolist()
+            last = logits[torch.arange(len(sequences)), lengths.to(logits.device) - 1]
+            last[:, self.tokenizer.vocab_size :] = -torch.inf  # embeddings without a token
+            last[:, self.tokenizer.image_id] = -torch.inf
+            best = last.argmax(dim=-1).tolist()
             for row in list(open_rows):
                 if best[row] in stops:
                     open_rows.discard(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Optional
 
 import torch
@@ -57,17 +58,26 @@ class DecoderLayer(TransformerLayer):
         return hidden_states, context
 
 
+class BiasedSelfAttention(SelfAttention):
+    """Self-attention with biases on all four projections, in a decoder whose MLP has none (InternLM)."""
+
+    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
+        with_biases = copy.copy(config)
+        with_biases.add_bias_linear = True
+        super().__init__(with_biases, *args, **kwargs)
+
+
 def decoder_block_spec(
     config: DecoderConfig, backend_name: str, pp_rank: int, vp_stage: Optional[int]
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline chunk and the final norm."""
     norm = backend_by_name(backend_name).layer_norm(rms_norm=True)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layer = decoder_layer_spec(backend_name)
+    layer = decoder_layer_spec(backend_name, config.attention_out_bias)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def decoder_layer_spec(backend_name: str) -> ModuleSpec:
+def decoder_layer_spec(backend_name: str, attention_out_bias: bool = False) -> ModuleSpec:
     """The layer in megatron's spec language, from the backend's modules."""
     backend = backend_by_name(backend_name)
     fused = backend.fuse_layernorm_and_linear()
@@ -83,7 +93,7 @@ def decoder_layer_spec(backend_name: str) -> ModuleSpec:
         }
     )
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=BiasedSelfAttention if attention_out_bias else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=first_linear,

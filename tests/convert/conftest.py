@@ -1,3 +1,5 @@
+"""Fixtures of the conversion tests."""
+
 from __future__ import annotations
 
 from pathlib import Path

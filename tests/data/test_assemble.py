@@ -12,8 +12,8 @@ IMAGE, PAD = 9, 0
 _ = IGNORE_INDEX
 
 
-def row(tokens: list[int], learnt: list[int], length: int, per_image: int = 3) -> Row:
-    return Assembler(length, per_image, IMAGE, PAD).row(
+def row(tokens: list[int], learnt: list[int], length: int, per_image: int = 3, max_images: int = 8) -> Row:
+    return Assembler(length, per_image, IMAGE, PAD, max_images).row(
         np.array(tokens, np.uint16), np.array(learnt, np.uint8)
     )
 
@@ -33,6 +33,13 @@ def test_expanded_shifted_and_padded() -> None:
 
 def test_one_position_per_image() -> None:
     check(row([1, 9, 5, 9, 2], [0, 0, 1, 0, 1], 6, 1), [1, 9, 5, 9, 2, 0], [_, 5, _, 2, _, _], 2, 0, False)
+
+
+def test_cut_before_the_image_that_is_one_too_many() -> None:
+    found = row([1, 9, 5, 9, 6, 2], [0, 0, 1, 0, 1, 1], 12, max_images=1)
+    check(found, [1, 9, 9, 9, 5] + [0] * 7, [_, _, _, 5] + [_] * 8, 1, 1, True)
+    found = row([1, 9, 5, 9, 6, 2], [0, 0, 1, 0, 1, 1], 6, 1, max_images=2)
+    check(found, [1, 9, 5, 9, 6, 2], [_, 5, _, 6, 2, _], 2, 0, False)
 
 
 def test_an_exact_fit_is_whole() -> None:

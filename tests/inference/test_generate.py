@@ -140,7 +140,6 @@ def test_bad_pictures_are_named(model: Model, tmp_path: Path) -> None:
         model.generate([question], [[tmp_path / "missing.png"]])
 
 
-@pytest.mark.xfail(strict=True, reason="generate does not leave out ids that are no text")
 @pytest.mark.parametrize("kind", ["image", "unknown"])
 def test_only_text_is_generated(
     kind: str, model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
