@@ -87,6 +87,7 @@ class ConnectorConfig:
     Attributes:
         kind: "mlp" (LLaVA: Linear, GELU, Linear) or "resampler" (Flamingo's perceiver resampler).
         num_latents, depth, num_heads, head_dim, ffn_multiple: of the resampler.
+        latent_std: standard deviation of the resampler's latents at the start.
     """
 
     kind: Literal["mlp", "resampler"] = "mlp"
@@ -95,6 +96,7 @@ class ConnectorConfig:
     num_heads: int = 8
     head_dim: int = 64
     ffn_multiple: int = 4
+    latent_std: float = 1.0
 
 
 @dataclass
@@ -103,12 +105,15 @@ class CrossAttentionConfig:
 
     Attributes:
         every: a block stands before decoder layer i (from 0) when (i + 1) % every == 0.
+        gate_init: value of both gates at the start, before tanh. 0 leaves a pretrained language model as
+            it is; a model that starts from random weights learns faster with open gates.
     """
 
     every: int = 4
     num_heads: int = 8
     head_dim: int = 64
     ffn_multiple: int = 4
+    gate_init: float = 0.0
 
 
 @dataclass

@@ -3,9 +3,10 @@ and questions about them in LLaVA's JSON format.
 
     python examples/quickstart/make_data.py --out runs/quickstart-data
 
-writes images/{train,heldout}/NNNN.png, train.json (conversations of several turns) and heldout.json
-(single questions, four kinds with balanced answers). The split is by image: no picture, in
-whatever role, is on both sides. The same seed always gives the same files.
+writes images/train/NNNN-D.png, images/heldout/NNNN.png, train.json (conversations of several turns) and
+heldout.json (single questions, four kinds with balanced answers). A training digit is drawn three times, each time
+placed, turned and lit a little differently. The split is by digit: none, in whatever role, is on both
+sides. The same seed always gives the same files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 HELDOUT_SHARE = 0.2
-CONVERSATIONS_PER_IMAGE = 3  # of which the last looks at a second picture as well
+DRAWINGS = 3  # pictures made of each training digit, as if it had been photographed so often
+CONVERSATIONS = 4  # about each training digit, of which the second half looks at a second picture as well
 QUESTIONS_PER_KIND = 250  # held out
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -75,6 +77,7 @@ SECOND = Kind(("What is the second digit?", "Read the second digit."), lambda fi
 class Picture:
     path: str  # relative to the folder of the JSON files
     digit: int
+    source: int  # index of the handwritten digit
 
 
 def split_by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -90,10 +93,20 @@ def split_by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return heldout
 
 
-def draw(strokes: np.ndarray, size: int, rng: np.random.Generator) -> Image.Image:
+def placed(low: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """`low` enlarged to `size`, turned by up to 10 degrees, scaled and moved a little."""
+    angle, zoom = np.deg2rad(rng.uniform(-10, 10)), low.width / size / rng.uniform(0.92, 1.1)
+    cos, sin, centre = zoom * np.cos(angle), zoom * np.sin(angle), low.width / 2
+    x, y = rng.uniform(-0.05, 0.05, size=2) * low.width + centre
+    coefficients = (cos, sin, x - (cos + sin) * size / 2, -sin, cos, y - (cos - sin) * size / 2)
+    return low.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+
+
+def draw(strokes: np.ndarray, size: int, rng: np.random.Generator, upright: bool) -> Image.Image:
     """A digit ([8, 8], 0 to 16) as a picture: smooth ink on slightly tinted, unevenly lit paper."""
     low = Image.fromarray((np.pad(strokes, 1) * (255 / 16)).astype(np.uint8))  # with a margin of paper
-    ink = np.asarray(low.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    high = low.resize((size, size), Image.Resampling.BICUBIC) if upright else placed(low, size, rng)
+    ink = np.asarray(high, dtype=np.float32) / 255
     ink = (ink * ink * (3 - 2 * ink))[..., None]  # smoothstep: firmer edges
     paper_colour = np.float32(rng.uniform(215, 250) + rng.uniform(-8, 8, size=3))
     ink_colour = np.float32(rng.uniform(10, 60) + rng.uniform(-10, 45, size=3))
@@ -112,12 +125,17 @@ def write_pictures(out: Path, size: int, seed: int) -> tuple[list[Picture], list
     heldout = split_by_class(digits.target, np.random.default_rng([seed, 0]))
     sides: tuple[list[Picture], list[Picture]] = ([], [])
     for index, (strokes, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = "heldout" if heldout[index] else "train"
-        picture = Picture(f"images/{folder}/{index:04d}.png", int(digit))
-        (out / picture.path).parent.mkdir(parents=True, exist_ok=True)
-        image = draw(strokes, size, np.random.default_rng([seed, 1, index]))
-        image.save(out / picture.path, compress_level=2)
-        sides[int(heldout[index])].append(picture)
+        names = (
+            [f"heldout/{index:04d}"]
+            if heldout[index]
+            else [f"train/{index:04d}-{d}" for d in range(DRAWINGS)]
+        )
+        for number, name in enumerate(names):
+            picture = Picture(f"images/{name}.png", int(digit), index)
+            (out / picture.path).parent.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([seed, 1, index, number])
+            draw(strokes, size, rng, upright=bool(heldout[index])).save(out / picture.path, compress_level=1)
+            sides[int(heldout[index])].append(picture)
     return sides
 
 
@@ -142,24 +160,28 @@ def entry(name: str, pictures: Sequence[Picture], conversation: list[dict[str, s
 
 def partner(of: Picture, answer: str, pool: Sequence[Picture], rng: np.random.Generator) -> Picture | None:
     """A picture of `pool` that makes `answer` the right comparison with `of`, if there is one."""
-    fitting = [p for p in pool if p.path != of.path and larger_of(of.digit, p.digit) == answer]
+    fitting = [p for p in pool if p.source != of.source and larger_of(of.digit, p.digit) == answer]
     return fitting[rng.integers(len(fitting))] if fitting else None
 
 
 def training_entries(pictures: Sequence[Picture], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Conversations in random order of kinds, so that every kind also stands first."""
+    """Conversations about one picture in random order of kinds, so that every kind also stands first,
+    and about two."""
     entries = []
     answers = ("first", "second", "equal")
-    for picture in pictures:
-        for repeat in range(CONVERSATIONS_PER_IMAGE):
+    for first in range(0, len(pictures), DRAWINGS):
+        for repeat in range(CONVERSATIONS):
+            picture = pictures[first + repeat % DRAWINGS]
             shown = [picture]
             kinds = list(ONE_IMAGE.values())
-            if repeat == CONVERSATIONS_PER_IMAGE - 1:
+            if repeat >= CONVERSATIONS // 2:
                 other = partner(picture, answers[rng.integers(3)], pictures, rng)
                 if other is not None:
                     shown, kinds = [picture, other], [COMPARE, FIRST, SECOND]
-            order = rng.permutation(len(kinds))
-            conversation = turns([kinds[i] for i in order], shown, rng)
+            order = [kinds[i] for i in rng.permutation(len(kinds))]
+            if COMPARE in order:  # asked after the digits were named, it would need no look at the pictures
+                order.sort(key=lambda kind: kind is not COMPARE)
+            conversation = turns(order, shown, rng)
             entries.append(entry(f"train-{len(entries):05d}", shown, conversation))
     return [entries[i] for i in rng.permutation(len(entries))]
 
@@ -198,7 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=224, help="edge of the pictures in pixels (default 224)")
+    parser.add_argument("--size", type=int, default=160, help="edge of the pictures in pixels (default 160)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the colours and the questions")
     args = parser.parse_args()
     if args.size < 8:

@@ -18,12 +18,8 @@ from megamm.config import ModelConfig
 Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
-def _ones(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return x.fill_(1.0)
-
-
-def _zeros(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return x.zero_()
+def _constant(value: float) -> Draw:
+    return lambda x, generator: x.fill_(value)
 
 
 def _normal(std: float) -> Draw:
@@ -38,27 +34,27 @@ def _fan_in(gain: float) -> Draw:
 def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
     """(pattern, draw) pairs; the first pattern that matches the whole name wins.
 
-    Language model: normal(0, init_std), residual outputs divided by sqrt(2 layers) (GPT-2). Vision: CLIP's
-    (Radford et al. 2021, released code). Connector and cross-attention: variance of torch's default Linear;
-    latents standard normal; gates zero (Flamingo).
+    Language model: normal(0, init_std), residual outputs divided by sqrt(2 layers) (GPT-2). Vision: class
+    and position embeddings normal(0, init_std), residual outputs divided by sqrt(2 layers). Whatever else is
+    linear, patches, connector and cross-attention: variance 1 / fan-in (LeCun). Latents and gates as their configuration says (standard normal and zero in Flamingo).
     """
     std = model.language.init_std
     residual_std = std / math.sqrt(2 * model.language.num_layers)
     vision_residual = 1 / math.sqrt(2 * model.vision.num_layers)
-    default_linear = _fan_in(1 / math.sqrt(3))
+    lecun = _fan_in(1.0)
     return [
-        (r".*norm\w*?[._]weight", _ones),
-        (r".*(_gate|bias)", _zeros),
+        (r".*norm\w*?[._]weight", _constant(1.0)),
+        (r".*_gate", _constant(model.cross_attention.gate_init)),
+        (r".*bias", _constant(0.0)),
         (r"language\.(embedding\.word_embeddings|output_layer)\.weight", _normal(std)),
-        (r"language\..*\.gated_cross_attention\..*\.weight", default_linear),
+        (r"language\..*\.gated_cross_attention\..*\.weight", lecun),
         (r"language\..*\.(linear_qkv|linear_fc1)\.weight", _normal(std)),
         (r"language\..*\.(linear_proj|linear_fc2)\.weight", _normal(residual_std)),
         (r"vision\.(class|position)_embedding", _normal(model.vision.init_std)),
-        (r"vision\.patch_embedding\.weight", _normal(model.vision.init_std)),
         (r"vision\..*\.(attention\.proj|mlp\.fc2)\.weight", _fan_in(vision_residual)),
-        (r"vision\..*\.weight", _fan_in(1.0)),
-        (r"connector\.latents", _normal(1.0)),
-        (r"connector\..*\.weight", default_linear),
+        (r"vision\..*\.weight", lecun),
+        (r"connector\.latents", _normal(model.connector.latent_std)),
+        (r"connector\..*\.weight", lecun),
     ]
 
 
