@@ -3,10 +3,10 @@ and questions about them in LLaVA's JSON format.
 
     python examples/quickstart/make_data.py --out runs/quickstart-data
 
-writes images/train/NNNN-D.png, images/heldout/NNNN.png, train.json (conversations of several turns) and
-heldout.json (single questions, four kinds with balanced answers). A training digit is drawn three times, each time
-placed, turned and lit a little differently. The split is by digit: none, in whatever role, is on both
-sides. The same seed always gives the same files.
+writes images/train/NNNN-D.png, images/heldout/NNNN.png, train.json (conversations of several turns)
+and heldout.json (single questions, four kinds with balanced answers). A training digit is drawn three
+times, each time placed, turned and lit a little differently. The split is by digit: none, in whatever
+role, is on both sides. The same seed always gives the same files.
 """
 
 from __future__ import annotations

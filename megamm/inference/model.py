@@ -174,8 +174,10 @@ class Model:
         if not paths:
             return None
         if self._image_loader is None:
+            # Pillow makes exactly the pixels that the exported model's processor makes
+            config = replace(self.recipe.data.image, loader="pillow")
             self._image_loader = make_image_loader(
-                self.recipe.data.image, self.recipe.model.vision.image_size, training=False
+                config, self.recipe.model.vision.image_size, training=False
             )
         return torch.stack([load_image_file(path, self._image_loader) for path in paths])
 

@@ -35,8 +35,9 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
     """(pattern, draw) pairs; the first pattern that matches the whole name wins.
 
     Language model: normal(0, init_std), residual outputs divided by sqrt(2 layers) (GPT-2). Vision: class
-    and position embeddings normal(0, init_std), residual outputs divided by sqrt(2 layers). Whatever else is
-    linear, patches, connector and cross-attention: variance 1 / fan-in (LeCun). Latents and gates as their configuration says (standard normal and zero in Flamingo).
+    and position embeddings normal(0, init_std), residual outputs divided by sqrt(2 layers). Whatever else
+    is linear (patches, connector, cross-attention): variance 1 / fan-in (LeCun). Latents and gates as
+    their configuration says (standard normal and zero in Flamingo).
     """
     std = model.language.init_std
     residual_std = std / math.sqrt(2 * model.language.num_layers)

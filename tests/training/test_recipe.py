@@ -42,7 +42,7 @@ def make(*overrides: str) -> Recipe:
 
 def test_precedence_default_preset_file_override() -> None:
     raw = copy.deepcopy(BASE)
-    assert recipe_from_dict(raw).model.language.hidden_size == 128  # preset over default
+    assert recipe_from_dict(raw).model.language.hidden_size == 96  # preset over default
     raw["model"]["language"]["hidden_size"] = 64
     assert recipe_from_dict(raw).model.language.hidden_size == 64  # file over preset
     over = recipe_from_dict(raw, overrides=["--model.language.hidden_size=256"])
