@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -50,10 +51,15 @@ def pictures(entry: dict[str, Any]) -> list[str]:
     return entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
 
 
+def digit_of(picture: str) -> int:
+    """Which digit of scikit-learn's a picture shows: images/train/NNNN-D.png, images/heldout/NNNN.png."""
+    return int(Path(picture).stem.split("-")[0])
+
+
 def test_same_seed_same_bytes(data: Path) -> None:
     again = make(data.parent / "two")
     files = sorted(p.relative_to(data) for p in data.rglob("*") if p.is_file())
-    assert len(files) == 1797 + 2
+    assert len(files) == 3 * 1438 + 359 + 2
     assert all((data / f).read_bytes() == (again / f).read_bytes() for f in files)
 
 
@@ -61,9 +67,53 @@ def test_no_picture_is_on_both_sides(data: Path) -> None:
     used = {side: {p for e in entries(data, side) for p in pictures(e)} for side in ("train", "heldout")}
     assert all(name.startswith("images/train/") for name in used["train"])
     assert all(name.startswith("images/heldout/") for name in used["heldout"])
-    stems = [{Path(name).stem for name in names} for names in used.values()]
-    assert not stems[0] & stems[1]
-    assert len(used["train"]) == 1438 and len(list((data / "images/heldout").iterdir())) == 359
+    digits = {side: {digit_of(name) for name in names} for side, names in used.items()}
+    assert not digits["train"] & digits["heldout"]
+    written = {
+        side: Counter(digit_of(p.name) for p in (data / "images" / side).iterdir())
+        for side in ("train", "heldout")
+    }
+    assert len(written["train"]) == 1438 and set(written["train"].values()) == {3}
+    assert len(written["heldout"]) == 359 and set(written["heldout"].values()) == {1}
+    assert sorted(written["train"] + written["heldout"]) == list(range(1797))
+    assert len(used["train"]) == 3 * 1438  # every drawing is used
+
+
+def ink(path: Path) -> np.ndarray:
+    """Darkness of a picture."""
+    return 255 - np.asarray(Image.open(path).convert("L"), dtype=np.float64)
+
+
+def test_training_digits_are_turned_and_moved_and_heldout_ones_are_not(data: Path) -> None:
+    """Measured by the correlation with the strokes themselves, enlarged in the middle of the picture."""
+    from sklearn.datasets import load_digits
+
+    strokes = load_digits().images
+    likeness: dict[str, list[float]] = {"train": [], "heldout": []}
+    for side, values in likeness.items():
+        for path in sorted((data / "images" / side).iterdir())[:300]:
+            low = Image.fromarray(np.pad(strokes[digit_of(path.name)], 1).astype(np.float32))
+            straight = np.asarray(low.resize((16, 16), Image.Resampling.BICUBIC))
+            values.append(float(np.corrcoef(straight.ravel(), ink(path).ravel())[0, 1]))
+    print({side: (min(v), sum(v) / len(v), max(v)) for side, v in likeness.items()})
+    assert min(likeness["heldout"]) > 0.9
+
+
+def test_drawings_of_a_digit_differ(data: Path) -> None:
+    for stem in sorted({p.name.split("-")[0] for p in (data / "images/train").iterdir()})[:100]:
+        one, two, three = (ink(data / f"images/train/{stem}-{d}.png") for d in range(3))
+        for a, b in ((one, two), (two, three), (one, three)):
+            print(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def test_four_conversations_for_each_training_digit(data: Path) -> None:
+    """At least half of them about this digit alone; two pictures of one digit are never compared."""
+    train = entries(data, "train")
+    assert set(Counter(digit_of(pictures(e)[0]) for e in train).values()) == {4}
+    alone = Counter(digit_of(pictures(e)[0]) for e in train if len(pictures(e)) == 1)
+    assert len(alone) == 1438 and min(alone.values()) >= 2
+    pairs = [[digit_of(p) for p in pictures(e)] for e in train if len(pictures(e)) == 2]
+    assert len(pairs) > 1.8 * 1438 and all(first != second for first, second in pairs)
 
 
 def test_answers_are_true(data: Path) -> None:
@@ -74,7 +124,7 @@ def test_answers_are_true(data: Path) -> None:
     words = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
     checked: Counter[str] = Counter()
     for entry in entries(data, "train") + entries(data, "heldout"):
-        digits = [int(labels[int(Path(p).stem)]) for p in pictures(entry)]
+        digits = [int(labels[digit_of(p)]) for p in pictures(entry)]
         turns = entry["conversations"]
         for asked, answered in zip(turns[::2], turns[1::2], strict=True):
             question, answer = asked["value"].lower(), answered["value"]
@@ -111,6 +161,17 @@ def test_every_kind_also_comes_first_in_training(data: Path) -> None:
         "Which of the two is larger?",
     ):
         assert first[question] > 50
+
+
+def test_pairs_are_compared_before_their_digits_are_named(data: Path) -> None:
+    """Otherwise the comparison could be answered from the text alone."""
+    pairs = [e["conversations"] for e in entries(data, "train") if len(pictures(e)) == 2]
+    seconds = set()
+    for turns in pairs:
+        questions = [turn["value"].replace("<image>\n", "").lower() for turn in turns[::2]]
+        assert ["larger" in question for question in questions] == [True, False, False], questions
+        seconds.add("second" in questions[1])
+    assert seconds == {True, False}  # which digit is named first varies
 
 
 def test_megamm_reads_it(data: Path) -> None:

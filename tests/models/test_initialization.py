@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from tests.one_process import whole
 ASSEMBLIES = ["merged", "cross_attention"]
 
 
-def drawn(assembly: str, layout: Groups, seed: int = 1) -> dict[str, torch.Tensor]:
-    """All weights of a model that was full of NaN before."""
-    recipe = tiny_recipe(assembly, {"seed": seed})
+def drawn(assembly: str, layout: Groups, seed: int = 1, **overrides: Any) -> dict[str, torch.Tensor]:
+    """All weights of a model that was full of NaN before; `overrides` are keys of its "model" section."""
+    changes = {f"model.{key.replace('__', '.')}": value for key, value in overrides.items()}
+    recipe = tiny_recipe(assembly, {"seed": seed} | changes)
     models = build_model(recipe, layout, "local", IMAGE_ID)
     with torch.no_grad():
         for parameter in models[0].parameters():
@@ -66,6 +68,13 @@ def test_norms_are_one_biases_and_gates_zero(assembly: str, layout: Groups) -> N
     assert ones > 15 and zeros > 15
 
 
+def has_spread(values: torch.Tensor, std: float, name: str) -> None:
+    """Mean zero and this standard deviation, both within five standard errors."""
+    number = values.numel()
+    assert float(values.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * number)), name
+    assert abs(float(values.mean())) < 5 * std / math.sqrt(number), name
+
+
 def test_spreads(layout: Groups) -> None:
     """The standard deviations of the docstring, on tensors large enough to measure them."""
     weights = drawn("cross_attention", layout)
@@ -78,20 +87,50 @@ def test_spreads(layout: Groups) -> None:
         f"{layer}mlp.linear_fc1.weight": std,
         f"{layer}self_attention.linear_proj.weight": std / math.sqrt(8),
         f"{layer}mlp.linear_fc2.weight": std / math.sqrt(8),
-        f"{layer}gated_cross_attention.attention.to_q.weight": 1 / math.sqrt(3 * 64),
-        f"{layer}gated_cross_attention.feed_forward.linear_2.weight": 1 / math.sqrt(3 * 256),
-        "vision.patch_embedding.weight": 0.02,
+        f"{layer}gated_cross_attention.attention.to_q.weight": 1 / math.sqrt(64),
+        f"{layer}gated_cross_attention.attention.to_out.weight": 1 / math.sqrt(32),
+        f"{layer}gated_cross_attention.feed_forward.linear_2.weight": 1 / math.sqrt(256),
+        "vision.patch_embedding.weight": 1 / math.sqrt(3 * 8 * 8),
+        "vision.position_embedding": 0.02,
+        "vision.class_embedding": 0.02,
         "vision.blocks.0.attention.qkv.weight": 1 / math.sqrt(48),
         "vision.blocks.0.attention.proj.weight": 1 / math.sqrt(48 * 6),
         "vision.blocks.0.mlp.fc2.weight": 1 / math.sqrt(64 * 6),
         "connector.latents": 1.0,
-        "connector.layers.0.attention.to_kv.weight": 1 / math.sqrt(3 * 48),
+        "connector.layers.0.attention.to_kv.weight": 1 / math.sqrt(48),
+        "connector.layers.1.feed_forward.linear_2.weight": 1 / math.sqrt(4 * 48),
     }
     for name, wanted in expected.items():
-        values = weights[name]
-        tolerance = 5 / math.sqrt(2 * values.numel())  # five standard errors
-        assert float(values.std()) == pytest.approx(wanted, rel=tolerance), name
-        assert abs(float(values.mean())) < 5 * wanted / math.sqrt(values.numel()), name
+        has_spread(weights[name], wanted, name)
+
+
+def test_spreads_of_the_projector(layout: Groups) -> None:
+    weights = drawn("merged", layout)
+    has_spread(weights["connector.linear_1.weight"], 1 / math.sqrt(48), "linear_1")
+    has_spread(weights["connector.linear_2.weight"], 1 / math.sqrt(64), "linear_2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "pattern", "number"),
+    [
+        ("cross_attention__gate_init", 0.7, r"language\..*_gate", 4),  # two gates of two blocks
+        ("connector__latent_std", 0.3, r"connector\.latents", 1),
+        ("vision__init_std", 0.6, r"vision\.(class|position)_embedding", 2),
+    ],
+)
+def test_a_key_sets_its_parameters_and_no_others(
+    key: str, value: float, pattern: str, number: int, layout: Groups
+) -> None:
+    """Where the spread is set, the same draws are scaled."""
+    before, after = drawn("cross_attention", layout), drawn("cross_attention", layout, **{key: value})
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.fullmatch(pattern, name)}
+    assert len(changed) == number
+    for name in changed:
+        if name.endswith("_gate"):
+            assert torch.equal(after[name], torch.full_like(after[name], value)), name
+        else:
+            has_spread(after[name], value, name)
 
 
 def test_padding_of_the_vocabulary_is_zero_and_moves_nothing() -> None:

@@ -15,17 +15,31 @@ from megamm.recipe import recipe_from_dict
 from megamm.training.flops import flops_by_part, flops_per_step, peak_flops
 
 LENGTH = 32
+# No two widths alike, so that a swapped one shows.
+LANGUAGE: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_hidden_size": 344,
+    "vocab_size": 512,
+}
+VISION: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "width": 96,
+    "num_layers": 3,
+    "num_heads": 4,
+    "mlp_width": 320,
+}
 
 
-def recipe(*overrides: str) -> Recipe:
+def recipe(*overrides: str, language: dict[str, Any] = LANGUAGE) -> Recipe:
     raw: dict[str, Any] = {
         "name": "flops",
         "run_dir": "r",
         "tokenizer": "t",
-        "model": {
-            "language": {"preset": "tiny-llama", "num_kv_heads": 2},
-            "vision": {"preset": "tiny-vit", "image_size": 16},
-        },
+        "model": {"language": language, "vision": VISION},
         "data": {"sequence_length": LENGTH},
     }
     return recipe_from_dict(raw, overrides=overrides)
@@ -48,7 +62,7 @@ def test_vision(trained: bool, feature_layer: int) -> None:
     tower = VisionTransformer(r.model.vision).requires_grad_(trained)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
-    images = torch.randn(3, 3, 16, 16)
+    images = torch.randn(3, 3, VISION["image_size"], VISION["image_size"])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert flops_by_part(r, LENGTH, 3)["vision"] == counted(lambda: tower(images))
 
@@ -56,8 +70,10 @@ def test_vision(trained: bool, feature_layer: int) -> None:
 @pytest.mark.parametrize("freeze", [[], ["vision"], ["connector"], ["vision", "connector"]])
 def test_projector(freeze: list[str]) -> None:
     r = recipe(f"training.freeze={freeze}")
-    projector = MLPProjector(128, 128).requires_grad_("connector" not in freeze)
-    features = torch.randn(5, 4, 128, requires_grad="vision" not in freeze)
+    vision = r.model.vision
+    projector = MLPProjector(vision.width, r.model.language.hidden_size)
+    projector.requires_grad_("connector" not in freeze)
+    features = torch.randn(5, vision.num_features, vision.width, requires_grad="vision" not in freeze)
     assert flops_by_part(r, LENGTH, 5)["connector"] == counted(lambda: projector(features))
 
 
@@ -91,7 +107,7 @@ def test_merged_language_model(freeze: list[str], crossed: bool) -> None:
 def plain_resampler(r: Recipe, features: torch.Tensor, own: bool) -> torch.Tensor:
     """The resampler's matrix products written out, with the graph structure of the real one."""
     c, width = r.model.connector, r.model.vision.width
-    inner = c.num_heads * c.head_dim
+    inner, ffn = c.num_heads * c.head_dim, c.ffn_multiple * width
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, requires_grad=own)
@@ -104,7 +120,7 @@ def plain_resampler(r: Recipe, features: torch.Tensor, own: bool) -> torch.Tenso
         k, v = kv.chunk(2, dim=-1)
         latents = latents + ((q @ k.mT).softmax(-1) @ v) @ weight(inner, width)
         normed = latents * weight(width)
-        latents = latents + (normed @ weight(width, 4 * width)).relu() @ weight(4 * width, width)
+        latents = latents + (normed @ weight(width, ffn)).relu() @ weight(ffn, width)
     return latents
 
 
@@ -114,14 +130,16 @@ def test_resampler(freeze: list[str]) -> None:
         "model.assembly=cross_attention",
         "model.connector.kind=resampler",
         "model.connector.depth=2",
+        "model.connector.ffn_multiple=3",
         f"training.freeze={freeze}",
     )
-    features = torch.randn(3, 4, 128, requires_grad="vision" not in freeze)
+    vision, c = r.model.vision, r.model.connector
+    features = torch.randn(3, vision.num_features, vision.width, requires_grad="vision" not in freeze)
     measured = counted(lambda: plain_resampler(r, features, "connector" not in freeze))
     unneeded = 0.0
     if freeze == ["connector"]:  # the first latents are constant: their scores need no query gradient
-        c = r.model.connector
-        unneeded = 3 * 2 * c.num_latents * (4 + c.num_latents) * c.num_heads * c.head_dim
+        keys = vision.num_features + c.num_latents
+        unneeded = 3 * 2 * c.num_latents * keys * c.num_heads * c.head_dim
     assert flops_by_part(r, LENGTH, 3)["connector"] == measured + unneeded
 
 
@@ -129,6 +147,7 @@ def plain_decoder(r: Recipe, media: torch.Tensor, freeze: list[str]) -> torch.Te
     """A decoder with gated blocks as bare matrix products; scores are not masked."""
     m, c = r.model.language, r.model.cross_attention
     hidden, inner, kv = m.hidden_size, c.num_heads * c.head_dim, (m.num_kv_heads or 0) * m.head_dim
+    ffn = c.ffn_multiple * hidden
 
     def language(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, requires_grad="language" not in freeze)
@@ -142,7 +161,7 @@ def plain_decoder(r: Recipe, media: torch.Tensor, freeze: list[str]) -> torch.Te
             normed = x * gated(hidden)
             k, v = (media @ gated(r.model.vision.width, 2 * inner)).chunk(2, dim=-1)
             x = x + (((normed @ gated(hidden, inner)) @ k.mT).softmax(-1) @ v) @ gated(inner, hidden)
-            x = x + ((x * gated(hidden)) @ gated(hidden, 4 * hidden)) @ gated(4 * hidden, hidden)
+            x = x + ((x * gated(hidden)) @ gated(hidden, ffn)) @ gated(ffn, hidden)
         normed = x * language(hidden)
         q, k, v = (normed @ language(hidden, hidden + 2 * kv)).split([hidden, kv, kv], dim=-1)
         groups = hidden // kv
@@ -164,8 +183,10 @@ def plain_decoder(r: Recipe, media: torch.Tensor, freeze: list[str]) -> torch.Te
 )
 def test_cross_attention_decoder(freeze: list[str], layers_crossed: int) -> None:
     overrides = ["model.assembly=cross_attention", "model.connector.kind=resampler"]
-    r = recipe(*overrides, "model.cross_attention.every=2", f"training.freeze={freeze}")
-    media = torch.randn(1, r.model.connector.num_latents, 128, requires_grad="connector" not in freeze)
+    blocks = ["model.cross_attention.every=2", "model.cross_attention.ffn_multiple=3"]
+    r = recipe(*overrides, *blocks, f"training.freeze={freeze}")
+    latents, width = r.model.connector.num_latents, r.model.vision.width
+    media = torch.randn(1, latents, width, requires_grad="connector" not in freeze)
     measured = counted(lambda: plain_decoder(r, media, freeze))
     parts = flops_by_part(r, LENGTH, 1)
     square = 2 * LENGTH * LENGTH * r.model.language.hidden_size
@@ -175,15 +196,13 @@ def test_cross_attention_decoder(freeze: list[str], layers_crossed: int) -> None
 
 def test_published_definition_on_a_large_model() -> None:
     """6 P + 6 s d L for trained, 4 P + 6 s d L for frozen but crossed (P without embeddings)."""
-    sizes = [
-        "model.language.preset=llama2-13b",
-        "model.language.num_kv_heads=40",
-        "data.sequence_length=2048",
-    ]
+    language = {"preset": "llama2-13b"}
+    length = "data.sequence_length=2048"
     weights, attention = 13_015_864_320 - 32000 * 5120 - 81 * 5120, 6 * 2048 * 5120 * 40
-    per_token = flops_per_step(recipe(*sizes), 1, 0)
+    per_token = flops_per_step(recipe(length, language=language), 1, 0)
     assert per_token == 6 * weights + attention
-    frozen = flops_per_step(recipe(*sizes, "training.freeze=[language, vision]"), 1, 0)
+    freeze = "training.freeze=[language, vision]"
+    frozen = flops_per_step(recipe(length, freeze, language=language), 1, 0)
     assert frozen == 4 * weights + attention
 
 
@@ -192,7 +211,8 @@ def test_sliding_window_costs_less() -> None:
     narrow = flops_by_part(recipe("model.language.sliding_window=8"), LENGTH, 0)["language"]
     wide = flops_by_part(recipe(f"model.language.sliding_window={2 * LENGTH}"), LENGTH, 0)["language"]
     pairs = (32 * 32 / 2) - (8 * 32 - 8 * 8 / 2)  # squares at half, the window's first triangle taken off
-    assert full - narrow == pairs * 4 * 128 * 3 * 4  # FLOPs of a pair, width, backward, layers
+    per_pair = 4 * LANGUAGE["hidden_size"] * 3 * LANGUAGE["num_layers"]  # 4 FLOPs; 3: and backward
+    assert full - narrow == pairs * per_pair
     assert wide == full
 
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.config import Recipe
+from megamm.config import LanguageConfig, Recipe
 from megamm.errors import InputError
 from megamm.recipe import (
     PRESET_DIR,
@@ -29,7 +29,24 @@ BASE: dict[str, Any] = {
     "name": "test",
     "run_dir": "runs/test",
     "tokenizer": "tokenizer",
-    "model": {"language": {"preset": "tiny-llama"}, "vision": {"preset": "tiny-vit"}},
+    "model": {
+        "language": {
+            "num_layers": 4,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "ffn_hidden_size": 344,
+            "vocab_size": 512,
+            "max_positions": 512,
+        },
+        "vision": {
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 96,
+            "num_layers": 4,
+            "num_heads": 4,
+            "mlp_width": 320,
+        },
+    },
     "data": {"sequence_length": 128},
 }
 HEAD = "run_dir: r\ntokenizer: t\nname: n\n"
@@ -40,9 +57,21 @@ def make(*overrides: str) -> Recipe:
     return recipe_from_dict(BASE, overrides=overrides)
 
 
+def with_preset(part: str, name: str, *overrides: str) -> Recipe:
+    """The recipe whose `part` ("language" or "vision") has its sizes from a preset."""
+    return recipe_from_dict(BASE | {"model": BASE["model"] | {part: {"preset": name}}}, overrides=overrides)
+
+
+def presets(part: str) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((PRESET_DIR / f"{part}.yaml").read_text())
+
+
 def test_precedence_default_preset_file_override() -> None:
     raw = copy.deepcopy(BASE)
-    assert recipe_from_dict(raw).model.language.hidden_size == 96  # preset over default
+    raw["model"]["language"] = {"preset": "tiny-llama"}
+    preset, default = presets("language")["tiny-llama"], LanguageConfig()
+    assert recipe_from_dict(raw).model.language == LanguageConfig(preset="tiny-llama", **preset)
+    assert preset["hidden_size"] not in (default.hidden_size, 64, 256)  # preset over default
     raw["model"]["language"]["hidden_size"] = 64
     assert recipe_from_dict(raw).model.language.hidden_size == 64  # file over preset
     over = recipe_from_dict(raw, overrides=["--model.language.hidden_size=256"])
@@ -75,9 +104,8 @@ def test_overrides(override: str, key: str, value: Any) -> None:
 
 
 def test_round_trip_and_hash(tmp_path: Path) -> None:
-    recipe = make(
-        "name=1e-3", "stage=null-ish", "run_dir=yes", "optimizer.eps=1e-12", "training.freeze=[vision]"
-    )
+    odd = ["name=1e-3", "stage=null-ish", "run_dir=yes", "optimizer.eps=1e-12", "training.freeze=[vision]"]
+    recipe = with_preset("language", "tiny-llama", *odd)
     path = tmp_path / "dump.yaml"
     path.write_text(recipe_to_yaml(recipe))
     assert load_recipe(path) == recipe
@@ -222,7 +250,6 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["model.language.hidden_size=12"], ["= 3 is odd"]),
         (["model.vision.image_size=33"], ["image_size: 33", "patch_size 8", "40"]),
         (["model.vision.feature_layer=-6"], ["feature_layer: -6", "-5 to 4"]),
-        (["model.vision.preset=null"], ["model.vision.image_size: is 0", "model.vision.preset"]),
         (["model.connector.kind=resampler"], ["resampler does not fit", "merged", "use mlp"]),
         ([*FLAMINGO, "model.connector.kind=mlp"], ["use resampler"]),
         ([*FLAMINGO, "model.cross_attention.every=5"], ["every: 5", "4 layers"]),
@@ -267,6 +294,15 @@ def test_validation(overrides: list[str], parts: list[str]) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_sizes_must_come_from_somewhere(part: str) -> None:
+    name, size = {"language": ("tiny-llama", "num_layers"), "vision": ("tiny-vit", "image_size")}[part]
+    with pytest.raises(InputError) as caught:
+        with_preset(part, name, f"model.{part}.preset=null")
+    assert f"model.{part}.{size}: is 0" in str(caught.value)
+    assert f"model.{part}.preset" in str(caught.value)
+
+
 def test_warnings() -> None:
     assert validate(make()) == []
     warm = validate(make("optimizer.warmup_steps=1000", "training.steps=290"))
@@ -293,7 +329,7 @@ def test_world() -> None:
 
 
 def language_parameters(name: str) -> int:
-    m = make(f"model.language.preset={name}").model.language
+    m = with_preset("language", name).model.language
     kv = (m.num_kv_heads or m.num_heads) * m.head_dim
     attention = m.hidden_size * (2 * m.hidden_size + 2 * kv)
     biases = m.qkv_bias * (m.hidden_size + 2 * kv) + m.out_bias * m.hidden_size
@@ -302,12 +338,8 @@ def language_parameters(name: str) -> int:
 
 
 def vision_parameters(name: str) -> int:
-    overrides = [
-        f"model.vision.preset={name}",
-        "data.sequence_length=700",
-        "model.language.max_positions=700",
-    ]
-    v = make(*overrides).model.vision
+    room = ["data.sequence_length=700", "model.language.max_positions=700"]
+    v = with_preset("vision", name, *room).model.vision
     block = 4 * v.width**2 + 4 * v.width + 2 * v.width * v.mlp_width + v.mlp_width + v.width + 4 * v.width
     embeddings = 3 * v.patch_size**2 * v.width + v.width + (v.num_patches + 1) * v.width
     return v.num_layers * block + embeddings + 4 * v.width
@@ -344,13 +376,13 @@ def test_vision_presets_have_the_published_size(name: str, published: int, proje
 
 
 def test_every_preset_loads() -> None:
-    names = {f: list(yaml.safe_load((PRESET_DIR / f).read_text())) for f in ("language.yaml", "vision.yaml")}
-    assert len(names["language.yaml"]) >= 8 and len(names["vision.yaml"]) >= 6
+    assert len(presets("language")) >= 8 and len(presets("vision")) >= 6
     room = ["data.sequence_length=1024", "model.language.max_positions=1024"]
-    for name in names["language.yaml"]:
-        make(f"model.language.preset={name}", *room)
-    for name in names["vision.yaml"]:
-        make(f"model.vision.preset={name}", *room)
+    for part in ("language", "vision"):
+        for name, sizes in presets(part).items():
+            loaded = getattr(with_preset(part, name, *room).model, part)
+            for key in sizes.keys() - {"max_positions"}:
+                assert getattr(loaded, key) == sizes[key], (name, key)
 
 
 def test_every_example_recipe_loads() -> None:
