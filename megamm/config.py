@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+# Keys of a model that say how it starts, and nothing about a model that has its weights.
+INITIAL_KEYS = frozenset({"preset", "init_std", "latent_std", "gate_init"})
+
 
 @dataclass
 class LanguageConfig:

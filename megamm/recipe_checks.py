@@ -34,6 +34,7 @@ POSITIVE_KEYS = [
     "model.language.max_positions",
     "model.vision.norm_eps",
     "model.vision.init_std",
+    "model.connector.latent_std",
     "model.connector.num_latents",
     "model.connector.depth",
     "model.connector.num_heads",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command
+from megamm.cli.common import add_command, positive
 
 FAMILIES = ("llava",)
 
@@ -43,6 +43,13 @@ def add_parsers(commands: Any) -> None:
     importing.add_argument(
         "--tokenizer", type=Path, metavar="T", help="tokenizer, where the sources bring none"
     )
+    for option, meaning in (("--tp", "tensor"), ("--pp", "pipeline")):
+        importing.add_argument(
+            option,
+            type=positive,
+            metavar="N",
+            help=f"{meaning} parallel size that the checkpoint's recipe names (any layout can load it)",
+        )
     exporting = add_command(
         directions,
         "export",
@@ -71,11 +78,13 @@ def add_parsers(commands: Any) -> None:
 
 def import_weights(args: argparse.Namespace) -> int:
     """Run `megamm convert import`."""
+    from megamm.config import ParallelConfig
     from megamm.convert import import_checkpoint
     from megamm.recipe import load_recipe
 
     recipe = load_recipe(args.recipe) if args.recipe else None
-    print(f"wrote {import_checkpoint(args.sources, args.out, recipe, args.tokenizer)}")
+    layout = ParallelConfig(tensor=args.tp or 1, pipeline=args.pp or 1) if args.tp or args.pp else None
+    print(f"wrote {import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout)}")
     return 0
 
 

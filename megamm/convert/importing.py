@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamm.config import DataConfig, ModelConfig, Recipe, TrainingConfig
+from megamm.config import INITIAL_KEYS, DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megamm.convert.engine import check_new
 from megamm.convert.processor import image_config_from_hf
 from megamm.convert.sources import Assembled, Source, combined, open_source
@@ -20,9 +20,7 @@ from megamm.convert.tokenizer import tokenizer_from_hf
 from megamm.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from megamm.errors import InputError, RunError
 
-# Values that change neither the weights nor what is computed from them.
 _ANY_WEIGHT = "language.decoder.final_layernorm.weight"  # every model has it
-_WITHOUT_EFFECT = {"preset", "init_std"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,11 @@ class Imported:
 
 
 def import_checkpoint(
-    sources: list[Path], out: Path, recipe: Recipe | None = None, tokenizer: Path | None = None
+    sources: list[Path],
+    out: Path,
+    recipe: Recipe | None = None,
+    tokenizer: Path | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Path:
     """Make a checkpoint of one LLaVA directory, or of a language model and a CLIP encoder.
 
@@ -51,6 +53,7 @@ def import_checkpoint(
         recipe: what the model must be; needed for separate parts, whose features to take no config.json
             says. Without it the recipe in the checkpoint is made from the sources.
         tokenizer: a tokenizer directory or SentencePiece model, where the sources have none.
+        parallel: layout that the recipe in the checkpoint names; the weights are stored for any.
 
     Returns:
         `out`.
@@ -65,6 +68,7 @@ def import_checkpoint(
     check_new(out)
     found = import_sources(sources, recipe, tokenizer)
     full = replace(recipe, model=found.model) if recipe else _recipe_for(found, sources[0], out)
+    full = replace(full, parallel=parallel or full.parallel)
     validate(full)
     try:
         if out.is_dir():
@@ -143,7 +147,7 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model.assembly": model.assembly, "model.connector.kind": model.connector.kind}
     for section in ("language", "vision"):
         for key, value in asdict(getattr(model, section)).items():
-            if key not in _WITHOUT_EFFECT:
+            if key not in INITIAL_KEYS:
                 values[f"model.{section}.{key}"] = value
     values["model.language.num_kv_heads"] = model.language.num_kv_heads or model.language.num_heads
     return values

@@ -41,6 +41,9 @@ _CONTENT = {
 }
 
 
+_INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a stage has come."""
@@ -85,29 +88,35 @@ def save(
         groups: process groups.
     """
     name = manifests.step_directory(progress.step)
-    temporary = directory / f".incomplete-{name}"
+    temporary = directory / f"{_INCOMPLETE}{name}"
 
+    # 1. a fresh directory; what a killed save left behind goes
     def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in directory.glob(f"{_INCOMPLETE}*"):
+            shutil.rmtree(left)
         (temporary / "shards").mkdir(parents=True)
 
+    _on_rank_0(prepare, f"{temporary}: cannot be created")
+
+    # 2. weights and optimizer state, written by all ranks; recipe and tokenizer
+    save_sharded(_state(models, optimizer, groups, is_loading=False), temporary / "shards", dict(_CONTENT))
+    _on_rank_0(lambda: _describe(temporary, recipe, tokenizer), f"{temporary}: cannot be written")
+
+    # 3. the manifest, and with it the name
+    hashes = _hash_shared_out(temporary)
+    manifest = Manifest(
+        step=progress.step,
+        consumed_samples=progress.consumed_samples,
+        layout={"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
+        recipe_sha256=recipe_hash(recipe),
+        has_optimizer=True,
+        files={key: entry for part in hashes for key, entry in part.items()},
+    )
+
     def commit() -> None:
-        parallel = {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
-        manifest = Manifest(
-            step=progress.step,
-            consumed_samples=progress.consumed_samples,
-            layout=parallel,
-            recipe_sha256=recipe_hash(recipe),
-            has_optimizer=True,
-            files={key: entry for part in hashes for key, entry in part.items()},
-        )
         manifests.commit(temporary, directory / name, manifest)
         manifests.remove_old(directory, recipe.checkpoint.keep)
 
-    _on_rank_0(prepare, f"{temporary}: cannot be created")
-    save_sharded(_state(models, optimizer, groups, is_loading=False), temporary / "shards", dict(_CONTENT))
-    _on_rank_0(lambda: _describe(temporary, recipe, tokenizer), f"{temporary}: cannot be written")
-    hashes = _hash_shared_out(temporary)
     _on_rank_0(commit, f"{directory / name}: cannot be committed")
     return directory / name
 
@@ -287,7 +296,7 @@ def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, t
         raise InputError(f"{out}: already exists; choose another --out or remove it")
     owns_groups = not dist.is_initialized()
     process_groups.initialize(ParallelConfig(), torch.device("cpu"), "gloo")
-    temporary = out.parent / f".incomplete-{out.name}"
+    temporary = out.parent / f"{_INCOMPLETE}{out.name}"
     try:
         (temporary / "shards").mkdir(parents=True)
         write_tensors(tensors, temporary / "shards")

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megamm.config import ModelConfig, Recipe
+from megamm.config import INITIAL_KEYS, ModelConfig, Recipe
 from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation.metrics import Score, exact_match, score
 from megamm.evaluation.questions import Question, read_questions
 
 TASKS = ("exact_match",)
-_WITHOUT_EFFECT = ("preset", "init_std")  # keys that change nothing about a trained model
 
 
 class AnsweringModel(Protocol):
@@ -91,7 +90,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}.{key}")
-        elif key not in _WITHOUT_EFFECT:
+        elif key not in INITIAL_KEYS:
             yield f"{prefix}.{key}", value
 
 

@@ -29,7 +29,7 @@ OPTIONS = {
         *["SOURCE", "--debug", "--format", "--images", "--out", "--template", "--tokenizer", "--workers"],
     ],
     "prepare tokenizer": ["SOURCE", "--debug", "--format", "--out", "--template", "--vocab-size"],
-    "convert import": ["--debug", "--from", "--out", "--recipe", "--tokenizer"],
+    "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
     "convert export": ["--checkpoint", "--debug", "--family", "--out"],
     "verify": ["CKPT", "--debug"],
     "train": ["RECIPE", "--a.b=c", "--debug", "--dry-run", "--print-config"],

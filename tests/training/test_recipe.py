@@ -25,28 +25,13 @@ from megamm.recipe import (
 )
 
 ROOT = Path(__file__).parents[2]
+LANGUAGE = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "ffn_hidden_size": 344, "vocab_size": 512}
+VISION = {"image_size": 32, "patch_size": 8, "width": 96, "num_layers": 4, "num_heads": 4, "mlp_width": 320}
 BASE: dict[str, Any] = {
     "name": "test",
     "run_dir": "runs/test",
     "tokenizer": "tokenizer",
-    "model": {
-        "language": {
-            "num_layers": 4,
-            "hidden_size": 128,
-            "num_heads": 4,
-            "ffn_hidden_size": 344,
-            "vocab_size": 512,
-            "max_positions": 512,
-        },
-        "vision": {
-            "image_size": 32,
-            "patch_size": 8,
-            "width": 96,
-            "num_layers": 4,
-            "num_heads": 4,
-            "mlp_width": 320,
-        },
-    },
+    "model": {"language": LANGUAGE, "vision": VISION},
     "data": {"sequence_length": 128},
 }
 HEAD = "run_dir: r\ntokenizer: t\nname: n\n"
@@ -63,7 +48,9 @@ def with_preset(part: str, name: str, *overrides: str) -> Recipe:
 
 
 def presets(part: str) -> dict[str, dict[str, Any]]:
-    return yaml.safe_load((PRESET_DIR / f"{part}.yaml").read_text())
+    """The presets' own values; YAML takes a number such as 1e-5 for text."""
+    raw = yaml.safe_load((PRESET_DIR / f"{part}.yaml").read_text())
+    return {name: sizes | {"norm_eps": float(sizes["norm_eps"])} for name, sizes in raw.items()}
 
 
 def test_precedence_default_preset_file_override() -> None:
@@ -270,7 +257,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             ["sequence_length: 127", "parallel.tensor 2", "128"],
         ),
         (["data.sequence_length=16"], ["16 positions of one image"]),
-        (["data.sequence_length=513"], ["max_positions 512"]),
+        (["data.sequence_length=513", "model.language.max_positions=512"], ["max_positions 512"]),
         (["training.global_batch_size=10", "training.micro_batch_size=4"], ["10", "4", "12"]),
         (["training.freeze=[vision, connector, language]"], ["every part is frozen"]),
         (
