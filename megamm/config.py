@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-# Keys of a model that say how it starts, and nothing about a model that has its weights.
-INITIAL_KEYS = frozenset({"preset", "init_std", "latent_std", "gate_init"})
+# Keys that do not make it another model: they say how it starts, or what its tokenizer says as well.
+UNCOMPARED_KEYS = frozenset({"preset", "init_std", "latent_std", "gate_init", "image_token_id"})
 
 
 @dataclass
@@ -126,6 +126,8 @@ class ModelConfig:
     Attributes:
         assembly: "merged": image features replace their placeholders in the sequence (LLaVA);
             "cross_attention": the decoder attends to them through gated blocks (Flamingo).
+        image_token_id: placeholder of an image; None means the tokenizer's `<image>`. Import sets it
+            where the sources bring no tokenizer.
     """
 
     assembly: Literal["merged", "cross_attention"] = "merged"
@@ -133,6 +135,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    image_token_id: Optional[int] = None
 
     @property
     def tokens_per_image(self) -> int:

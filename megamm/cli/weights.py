@@ -84,7 +84,10 @@ def import_weights(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     layout = ParallelConfig(tensor=args.tp or 1, pipeline=args.pp or 1) if args.tp or args.pp else None
-    print(f"wrote {import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout)}")
+    written = import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout)
+    print(f"wrote {written}")
+    if not (written / "tokenizer").is_dir():
+        print("note: no tokenizer.model in the sources; to train or to generate, import with --tokenizer")
     return 0
 
 

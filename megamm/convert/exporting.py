@@ -78,36 +78,49 @@ def export_llava(
     """
     model = recipe.model
     table = llava.table(model)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    if tokenizer.vocab_size > model.language.vocab_size:
-        raise InputError(
-            f"{tokenizer_dir}: has {tokenizer.vocab_size} tokens, but model.language.vocab_size is"
-            f" {model.language.vocab_size}; use the tokenizer that the model was trained with"
-        )
     report = ExportReport(out, "llava")
     with staged(out) as directory:
-        tokenizer.save(directory)
-        write_json(directory / "tokenizer.json", tokenizer_json(tokenizer, directory / MODEL_FILE))
-        write_json(
-            directory / "tokenizer_config.json", tokenizer_config(tokenizer, model.language.max_positions)
-        )
-        _write_processor(directory, recipe, report)
+        token_ids, image_id = {}, model.image_token_id
+        if tokenizer_dir.is_dir():
+            tokenizer = _write_tokenizer(directory, tokenizer_dir, recipe)
+            token_ids = {
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id,
+            }
+            image_id = tokenizer.image_id
+            _write_processor(directory, recipe, report)
+            write_json(directory / "generation_config.json", token_ids)
+        else:
+            report.notes.append("the checkpoint has no tokenizer: neither it nor a processor was exported")
+        if image_id is None:
+            raise InputError(
+                f"{tokenizer_dir}: missing, and the recipe has no model.image_token_id; restore it"
+            )
         written = export_tensors(tensors, table, directory, max_shard_bytes)
         dtype = written.dtypes["language.embedding.word_embeddings.weight"]
         if len(set(written.dtypes.values())) > 1:
             report.notes.append(
                 f"the weights have several types; transformers will load all in {dtype}, as config.json says"
             )
-        token_ids = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
-        write_json(directory / "config.json", llava.to_hf(model, token_ids, tokenizer.image_id, dtype))
-        write_json(directory / "generation_config.json", token_ids)
+        write_json(directory / "config.json", llava.to_hf(model, token_ids, image_id, dtype))
         report.files = sorted(path.name for path in directory.iterdir())
         report.num_tensors, report.num_bytes = written.num_tensors, written.num_bytes
     return report
+
+
+def _write_tokenizer(directory: Path, source: Path, recipe: Recipe) -> Tokenizer:
+    """Copy the tokenizer, and describe it to transformers."""
+    tokenizer, language = Tokenizer.load(source), recipe.model.language
+    if tokenizer.vocab_size > language.vocab_size:
+        raise InputError(
+            f"{source}: has {tokenizer.vocab_size} tokens, but model.language.vocab_size is"
+            f" {language.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    tokenizer.save(directory)
+    write_json(directory / "tokenizer.json", tokenizer_json(tokenizer, directory / MODEL_FILE))
+    write_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, language.max_positions))
+    return tokenizer
 
 
 def _write_processor(directory: Path, recipe: Recipe, report: ExportReport) -> None:

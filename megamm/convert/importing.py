@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamm.config import INITIAL_KEYS, DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
+from megamm.config import UNCOMPARED_KEYS, DataConfig, ModelConfig, ParallelConfig, Recipe, TrainingConfig
 from megamm.convert.engine import check_new
 from megamm.convert.processor import image_config_from_hf
 from megamm.convert.sources import Assembled, Source, combined, open_source
@@ -29,12 +29,13 @@ class Imported:
 
     Attributes:
         tensors: whole tensors under their checkpoint names, read when asked for; vocabulary not padded.
+        tokenizer: None if a whole model came without one; it can compute logits, but knows no text.
         skipped: keys of the sources that were left out -> reason.
     """
 
     tensors: Mapping[str, Tensor]
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     skipped: dict[str, str]
 
 
@@ -74,8 +75,9 @@ def import_checkpoint(
         if out.is_dir():
             out.rmdir()  # empty
         with TemporaryDirectory() as scratch:
-            found.tokenizer.save(scratch)
-            return write_weights(out, dict(found.tensors), full, Path(scratch))
+            if found.tokenizer is not None:
+                found.tokenizer.save(scratch)
+            return write_weights(out, dict(found.tensors), full, Path(scratch) if found.tokenizer else None)
     except OSError as error:
         raise RunError(
             f"{out}: cannot be written ({error.strerror or error}); free space or choose another --out"
@@ -108,7 +110,10 @@ def import_sources(sources: list[Path], recipe: Recipe | None, tokenizer: Path |
         _refuse_differences(model, recipe.model)
         model = recipe.model
     llava.check_family(model)
-    _check_tokens(words, model, opened)
+    if words is not None:
+        _check_tokens(words, model, opened)
+    else:
+        model = replace(model, image_token_id=opened[0].image_id)
     skipped = {key: why for source in opened for key, why in source.tensors.skipped.items()}
     seed = recipe.seed if recipe else 1
     tensors = opened[0].tensors if len(opened) == 1 else Assembled(opened, model, seed)
@@ -147,13 +152,13 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model.assembly": model.assembly, "model.connector.kind": model.connector.kind}
     for section in ("language", "vision"):
         for key, value in asdict(getattr(model, section)).items():
-            if key not in INITIAL_KEYS:
+            if key not in UNCOMPARED_KEYS:
                 values[f"model.{section}.{key}"] = value
     values["model.language.num_kv_heads"] = model.language.num_kv_heads or model.language.num_heads
     return values
 
 
-def _tokenizer(opened: list[Source], recipe: Recipe | None, given: Path | None) -> Tokenizer:
+def _tokenizer(opened: list[Source], recipe: Recipe | None, given: Path | None) -> Tokenizer | None:
     if given is not None:
         return Tokenizer.load(given)
     for source in opened:
@@ -162,8 +167,12 @@ def _tokenizer(opened: list[Source], recipe: Recipe | None, given: Path | None) 
             return found
     if recipe is not None and Path(recipe.tokenizer).exists():
         return Tokenizer.load(recipe.tokenizer)
+    if opened[0].image_id is not None:
+        return None  # a whole model, whose config.json says all that its weights need
     names = ", ".join(str(source.directory) for source in opened)
-    raise InputError(f"{names}: no tokenizer.model; copy the tokenizer there or name it with --tokenizer")
+    raise InputError(
+        f"{names}: no tokenizer.model (SentencePiece); copy it there or name one with --tokenizer"
+    )
 
 
 def _check_tokens(tokenizer: Tokenizer, model: ModelConfig, opened: list[Source]) -> None:

@@ -125,20 +125,16 @@ def _read_model(path: Path) -> Any:
 
 
 def tokenizer_from_hf(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, or None if it has none.
+    """The tokenizer of a Hugging Face directory, or None if it has no SentencePiece model.
 
     Added tokens are those of megamm's own description where export left one, else those that the Hugging
     Face files name behind the pieces; `<image>` gets the next free id if it is not among them.
 
     Raises:
-        InputError: the files are damaged or contradict each other, or there is no SentencePiece model.
+        InputError: the files are damaged or contradict each other.
     """
     model_file = directory / MODEL_FILE
     if not model_file.is_file():
-        if (directory / "tokenizer.json").exists():
-            raise InputError(
-                f"{directory}: has tokenizer.json but no {MODEL_FILE}; copy its SentencePiece model there"
-            )
         return None
     if (directory / CONFIG_FILE).exists():
         return Tokenizer.load(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,10 @@ def save(
     return directory / name
 
 
-def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], None]) -> None:
+def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], object] | None) -> None:
     (directory / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    tokenizer(directory / "tokenizer")
+    if tokenizer is not None:
+        tokenizer(directory / "tokenizer")
 
 
 def _hash_shared_out(directory: Path) -> list[dict[str, manifests.FileEntry]]:
@@ -281,14 +283,16 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return read_tensors(checkpoint / "shards")
 
 
-def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, tokenizer: Path) -> Path:
+def write_weights(
+    out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, tokenizer: Path | None
+) -> Path:
     """Write a checkpoint of weights only, from one process; any layout can load it.
 
     Args:
         out: the checkpoint's directory; must not exist.
         tensors: whole tensors by their checkpoint names.
         recipe: describes the model.
-        tokenizer: directory that is copied along.
+        tokenizer: directory that is copied along, if there is one.
     Raises:
         InputError: `out` exists.
     """
@@ -300,7 +304,7 @@ def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, t
     try:
         (temporary / "shards").mkdir(parents=True)
         write_tensors(tensors, temporary / "shards")
-        _describe(temporary, recipe, lambda directory: _copy_tree(tokenizer, directory))
+        _describe(temporary, recipe, partial(shutil.copytree, tokenizer) if tokenizer else None)
         files = {name: manifests.hash_file(temporary / name) for name in manifests.files_below(temporary)}
         manifest = Manifest(0, 0, {"tensor": 1, "pipeline": 1, "data": 1}, recipe_hash(recipe), False, files)
         manifests.commit(temporary, out, manifest)
@@ -309,7 +313,3 @@ def write_weights(out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, t
         if owns_groups:
             process_groups.shutdown()
     return out
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megamm.config import INITIAL_KEYS, ModelConfig, Recipe
+from megamm.config import UNCOMPARED_KEYS, ModelConfig, Recipe
 from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation.metrics import Score, exact_match, score
@@ -90,7 +90,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}.{key}")
-        elif key not in INITIAL_KEYS:
+        elif key not in UNCOMPARED_KEYS:
             yield f"{prefix}.{key}", value
 
 

@@ -41,9 +41,15 @@ def load(path: str | Path, device: str = "auto") -> Model:
     )
     target = pick_device(device)
     layout = groups.initialize(recipe.parallel, target, distributed_backend(target))
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_directory(where))
+    words = checkpoint.tokenizer_directory(where)
+    tokenizer = Tokenizer.load(words) if words.is_dir() else None
+    image_id = tokenizer.image_id if tokenizer else recipe.model.image_token_id
+    if image_id is None:
+        raise InputError(
+            f"{words}: missing, and the recipe has no model.image_token_id; restore the tokenizer"
+        )
     backend_name, _ = choose_backend("auto")
-    models = build_model(recipe, layout, backend_name, tokenizer.image_id)
+    models = build_model(recipe, layout, backend_name, image_id)
     missing = checkpoint.load_weights(where, models, layout, part_of)
     if missing:
         raise InputError(
@@ -59,12 +65,16 @@ class Model:
 
     Attributes:
         recipe: that it was trained with, for one process.
-        tokenizer: of the checkpoint.
+        tokenizer: of the checkpoint; None if it was imported without one.
         template: prompt template for `generate`.
     """
 
     def __init__(
-        self, network: VisionLanguageModel, recipe: Recipe, tokenizer: Tokenizer, device: torch.device
+        self,
+        network: VisionLanguageModel,
+        recipe: Recipe,
+        tokenizer: Tokenizer | None,
+        device: torch.device,
     ) -> None:
         self.network, self.recipe, self.tokenizer, self.device = network, recipe, tokenizer, device
         self.template = Template.by_name(recipe.template)
@@ -103,8 +113,10 @@ class Model:
             images: the picture files of each conversation, in the order of their placeholders.
             max_new_tokens: longest answer.
         Raises:
-            InputError: a picture is missing or unreadable, counts differ, or a prompt is too long.
+            InputError: a picture is missing or unreadable, counts differ, a prompt is too long, or the
+                checkpoint has no tokenizer.
         """
+        tokenizer = self._need_tokenizer()
         if not conversations:
             return []
         prompts = [self._prompt(turns) for turns in conversations]
@@ -112,31 +124,40 @@ class Model:
         pixels = self._load_images(images)
         self._check_length(prompts, max_new_tokens)
         answers = self._greedy(prompts, pixels, max_new_tokens)
-        return [self.tokenizer.decode(ids).strip() for ids in answers]
+        return [tokenizer.decode(ids).strip() for ids in answers]
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(
+                "the checkpoint was imported without a tokenizer; import it again with --tokenizer"
+            )
+        return self.tokenizer
 
     def _prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Prompt ids with every placeholder repeated for each position that its image takes."""
-        per_image, image_id = self.recipe.model.tokens_per_image, self.tokenizer.image_id
-        ids = self.template.prompt(turns, self.tokenizer)
+        tokenizer = self._need_tokenizer()
+        per_image, image_id = self.recipe.model.tokens_per_image, tokenizer.image_id
+        ids = self.template.prompt(turns, tokenizer)
         return [i for token in ids for i in ([token] * per_image if token == image_id else [token])]
 
     def _greedy(
         self, prompts: list[list[int]], images: torch.Tensor | None, max_new_tokens: int
     ) -> list[list[int]]:
+        tokenizer = self._need_tokenizer()
         sequences = [list(prompt) for prompt in prompts]
-        stops = set(self.template.stop_ids(self.tokenizer))
+        stops = set(self.template.stop_ids(tokenizer))
         answers: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         for _ in range(max_new_tokens):
             lengths = torch.tensor([len(sequence) for sequence in sequences])
-            padded = torch.full((len(sequences), int(lengths.max())), self.tokenizer.pad_id)
+            padded = torch.full((len(sequences), int(lengths.max())), tokenizer.pad_id)
             for row, sequence in enumerate(sequences):
                 padded[row, : len(sequence)] = torch.tensor(sequence)
             # padding comes last, so causal attention never sees it
             logits = self.logits(padded, images)
             last = logits[torch.arange(len(sequences)), lengths.to(logits.device) - 1]
-            last[:, self.tokenizer.vocab_size :] = -torch.inf  # embeddings without a token
-            last[:, self.tokenizer.image_id] = -torch.inf
+            last[:, tokenizer.vocab_size :] = -torch.inf  # embeddings without a token
+            last[:, tokenizer.image_id] = -torch.inf
             best = last.argmax(dim=-1).tolist()
             for row in list(open_rows):
                 if best[row] in stops:
@@ -158,7 +179,7 @@ class Model:
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise InputError(f"images: shape {tuple(images.shape)}, expected [images, 3, {size}, {size}]")
         per_image = self.recipe.model.tokens_per_image
-        positions = (input_ids == self.tokenizer.image_id).sum(dim=1)
+        positions = (input_ids == self.network.image_token_id).sum(dim=1)
         batch = Batch(
             input_ids=input_ids,
             labels=torch.full_like(input_ids, IGNORE_INDEX),

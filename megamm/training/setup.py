@@ -66,6 +66,12 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
             f"model.language.vocab_size: {vocab_size}, but the tokenizer {recipe.tokenizer} has "
             f"{tokenizer.vocab_size} tokens; set it to at least {tokenizer.vocab_size}"
         )
+    image_id = recipe.model.image_token_id
+    if image_id is not None and image_id != tokenizer.image_id:
+        raise InputError(
+            f"model.image_token_id: {image_id}, but in the tokenizer {recipe.tokenizer} `<image>` is "
+            f"{tokenizer.image_id}; use the tokenizer of this model"
+        )
     return tokenizer
 
 

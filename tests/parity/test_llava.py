@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
@@ -21,6 +22,7 @@ from megamm.data.templates import Turn
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine import checkpoint, groups
 from megamm.engine.groups import Groups
+from megamm.errors import InputError
 from megamm.inference import load
 from tests.convert.helpers import (
     VOCAB_SIZE,
@@ -212,6 +214,26 @@ def test_greedy_answers(variant: str, pairs: dict[str, Pair], tmp_path: Path) ->
         wanted.append(processor.decode(new, skip_special_tokens=True).strip())
     assert answers == wanted
     assert len(set(answers)) == len(answers) and all(answers)
+
+
+def test_a_model_without_a_tokenizer(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """Weights and config.json are enough for logits and for the way back."""
+    pair = pairs["grouped queries"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(pair.source / name)
+    imported = import_checkpoint([bare], tmp_path / "checkpoint")
+    model, (ids, images) = load(imported, "cpu"), ids_and_images(pair.theirs)
+    with torch.no_grad():
+        wanted = pair.theirs(input_ids=ids, pixel_values=images).logits
+    torch.testing.assert_close(model.logits(ids, images), wanted, atol=ATOL, rtol=1e-5)
+    with pytest.raises(InputError, match="without a tokenizer; import it again with --tokenizer"):
+        model.generate([[Turn("user", "What is it?")]], [[]])
+    report = export_checkpoint(imported, tmp_path / "out")
+    assert_bitwise_equal(read_tensors(report.out), read_tensors(pair.source))
+    again = LlavaForConditionalGeneration.from_pretrained(report.out)
+    assert again.config.image_token_id == IMAGE_ID and report.notes
 
 
 def test_fp32_weights_are_computed_in_fp32(pairs: dict[str, Pair], tmp_path: Path) -> None:
