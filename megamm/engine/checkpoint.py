@@ -207,7 +207,9 @@ def _verify_shared_out(checkpoint: Path) -> Manifest:
         manifest, damage = None, [str(error)]
     everywhere = [phrase for part in _gather(damage) for phrase in part]
     if everywhere or manifest is None:
-        raise InputError("; ".join(dict.fromkeys(everywhere)))
+        raise InputError(
+            "; ".join(dict.fromkeys(everywhere)) + "; use another checkpoint or restore the file"
+        )
     return manifest
 
 

@@ -13,20 +13,20 @@ from tests.training.runs import STEPS, curve, run, write_recipe
 
 
 @pytest.mark.parametrize(
-    "processes, layout", [(2, "--parallel.sequence=true --parallel.tensor=2"), (2, "--seed=5")]
+    "layout",
+    ["--parallel.tensor=2 --parallel.sequence=true", "--parallel.pipeline=2", "--parallel.tensor=1"],
+    ids=["tensor", "pipeline", "data"],
 )
-def test_layouts_train_alike(
-    processes: int, layout: str, tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path
-) -> None:
-    """Tensor and data parallel runs through the launcher follow the curve of one process."""
+def test_layouts_train_alike(layout: str, tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    """Two processes under the launcher follow the curve of one."""
     recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir, "cross_attention")
     steps = "--training.steps=4"
-    single, several = f"--run_dir={tmp_path / 'a'}", f"--run_dir={tmp_path / 'b'}"
-    assert run(recipe, tmp_path / "log", steps, single) == 0, (tmp_path / "log").read_text()
-    code = run(recipe, tmp_path / "log", steps, several, *layout.split(), processes=processes)
+    one, two = f"--run_dir={tmp_path / 'one'}", f"--run_dir={tmp_path / 'two'}"
+    assert run(recipe, tmp_path / "log", steps, one) == 0, (tmp_path / "log").read_text()
+    code = run(recipe, tmp_path / "log", steps, two, *layout.split(), processes=2)
     assert code == 0, (tmp_path / "log").read_text()
-    for one, other in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
-        assert other == pytest.approx(one, rel=1e-4)
+    for single, several in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert several == pytest.approx(single, rel=1e-4)
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:

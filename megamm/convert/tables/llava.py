@@ -81,7 +81,7 @@ def check_family(model: ModelConfig) -> None:
     if model.assembly != "merged" or model.connector.kind != "mlp":
         raise InputError(
             f"model: a {model.assembly} model with a {model.connector.kind} connector is no LLaVA model;"
-            " name the family it belongs to with --family"
+            " only merged models with an mlp connector can be exported so far"
         )
     llama.check(model.language)
 
