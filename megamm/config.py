@@ -272,7 +272,7 @@ class ResumeConfig:
     """What happens when the run directory already has checkpoints.
 
     Attributes:
-        enabled: go on from the newest good checkpoint.
+        enabled: go on from the newest good checkpoint; false insists on a run directory without any.
         strict: a damaged newest checkpoint stops the run instead of falling back to an older one.
     """
 

@@ -192,7 +192,7 @@ def load_newest(
     if candidates:
         raise InputError(
             f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
-            "with another run_dir or --resume.enabled=false"
+            "with another run_dir"
         )
     return None
 

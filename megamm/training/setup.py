@@ -15,6 +15,7 @@ from megamm.device import choose_backend, distributed_backend, pick_device, seed
 from megamm.engine import checkpoint, groups
 from megamm.engine.checkpoint import Progress
 from megamm.engine.groups import Groups
+from megamm.engine.manifest import list_checkpoints
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megamm.engine.weights import initialize
 from megamm.errors import InputError
@@ -111,7 +112,9 @@ def build_session(recipe: Recipe, report: Report) -> Session:
 def _load_weights(session: Session, report: Report) -> None:
     recipe, layout = session.recipe, session.groups
     resumed = None
-    if recipe.resume.enabled:
+    if not recipe.resume.enabled:
+        _refuse_old_checkpoints(session.checkpoints)
+    else:
         resumed = checkpoint.load_newest(
             session.checkpoints, session.models, session.optimizer, layout, recipe.resume.strict, report
         )
@@ -126,3 +129,13 @@ def _load_weights(session: Session, report: Report) -> None:
         session.optimizer.reload_model_params()
         fresh = f"; {', '.join(new_parts)} start from random weights" if new_parts else ""
         report(f"weights from {source}{fresh}")
+
+
+def _refuse_old_checkpoints(directory: Path) -> None:
+    """A new run among the checkpoints of another would have its own taken for the older ones and deleted."""
+    found = list_checkpoints(directory)
+    if found:
+        raise InputError(
+            f"{directory}: has checkpoints of an earlier run, and resume.enabled is false; give another "
+            "run_dir, move them away, or let the run go on from them"
+        )

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from megamm.engine.checkpoint import read_weights, resolve
 from megamm.engine.manifest import list_checkpoints, verify
 from megamm.inference import load
 from tests.training.runs import STEPS, curve, run, write_recipe
@@ -42,6 +44,26 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, dataset_dir: Path, tokeni
     log = (tmp_path / "log").read_text()
     assert "Warning" not in log and "step 12/12" in log
     assert load(run_dir).recipe.training.precision == "bf16"
+
+
+def test_a_stage_starts_from_the_weights_of_another(
+    tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    """In bf16 the optimizer has fp32 copies of its own: they must come from the loaded weights too."""
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    log, first, second = tmp_path / "log", tmp_path / "first", tmp_path / "second"
+    bf16 = "--training.precision=bf16"
+    assert run(recipe, log, bf16, "--training.steps=3", f"--run_dir={first}") == 0, log.read_text()
+    # one step of warm-up, whose learning rate is 0
+    stage = [f"--training.init_from={first}", "--training.steps=1", "--optimizer.warmup_steps=1", "--seed=9"]
+    assert run(recipe, log, bf16, *stage, f"--run_dir={second}") == 0, log.read_text()
+    before, after = (read_weights(resolve(run_dir)) for run_dir in (first, second))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+    assert run(recipe, log, bf16, "--resume.enabled=false", f"--run_dir={first}") == 2
+    assert "has checkpoints of an earlier run" in log.read_text()
 
 
 @pytest.mark.parametrize(
