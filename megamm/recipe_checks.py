@@ -243,6 +243,12 @@ def _layout(recipe: Recipe) -> Iterator[str]:
                 f"{key}: {value} is not divisible by parallel.tensor {p.tensor}; "
                 f"use a parallel.tensor that divides {value}"
             )
+    latents = model.connector.num_latents
+    if p.sequence and model.assembly == "cross_attention" and latents % p.tensor:
+        yield (
+            f"model.connector.num_latents: {latents} is not divisible by parallel.tensor {p.tensor}, which "
+            f"parallel.sequence needs; use a multiple of {p.tensor}"
+        )
     chunks = p.pipeline * (p.virtual_pipeline or 1)
     if (p.virtual_pipeline or 1) > 1 and p.pipeline == 1:
         yield (

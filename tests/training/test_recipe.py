@@ -253,6 +253,10 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["parallel.virtual_pipeline=2"], ["needs parallel.pipeline above 1"]),
         (["parallel.sequence=true"], ["parallel.tensor above 1"]),
         (
+            [*FLAMINGO, "parallel.tensor=2", "parallel.sequence=true", "model.connector.num_latents=7"],
+            ["num_latents: 7 is not divisible by parallel.tensor 2"],
+        ),
+        (
             ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=127"],
             ["sequence_length: 127", "parallel.tensor 2", "128"],
         ),
