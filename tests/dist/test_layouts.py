@@ -86,3 +86,14 @@ def test_indivisible_vocabulary_is_padded_without_changing_the_loss() -> None:
     shapes = {name: shape for name, shape, _, _ in result["gradients"]}
     assert shapes["language.output_layer.weight"][0] == 68
     assert result["loss"] == pytest.approx(reference()["merged"]["loss"], rel=1e-6)
+
+
+def test_tied_embeddings_across_pipeline_stages() -> None:
+    """The first and the last stage each hold the weight, and share its gradient."""
+    tied = {"model.language.tie_embeddings": True}
+    alone = run(1, tied, ("merged",))["merged"]
+    results = run(2, {**tied, "parallel.pipeline": 2}, ("merged",))["merged"]
+    expected = {"gradients": whole_tensors(alone, "gradients")}
+    assert "language.output_layer.weight" not in expected["gradients"]
+    assert results[0]["loss"] == pytest.approx(alone[0]["loss"], rel=TOLERANCE)
+    assert worst_difference(results, expected)[0] <= TOLERANCE
