@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -262,3 +263,16 @@ def test_run_refuses_wrong_usage(arguments: list[str]) -> None:
     )
     assert result.returncode != 0 and result.stdout == ""
     assert "--seed" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("system, least", [("llava", 0.95), ("flamingo", 0.90)])
+def test_the_whole_quick_start(system: str, least: float) -> None:
+    """As a user runs it, with a seed of its own: trained, killed, resumed, asked, exported."""
+    command = ["bash", str(QUICKSTART / "run.sh"), system, "--seed", "4"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1400).stdout
+    assert "resumed at step" in output
+    last = output.strip().splitlines()[-1]
+    found = re.fullmatch(r"held-out accuracy: (0\.\d\d) \(n=1000\)", last)
+    assert found is not None and float(found.group(1)) >= least, last
