@@ -16,6 +16,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
     "dp2": (2, {}),
     "pp2": (2, {"parallel.pipeline": 2}),
+    "dp2_bf16": (2, {"training.precision": "bf16"}),
+    "tp2_bf16_plain_optimizer": (
+        2,
+        {"parallel.tensor": 2, "parallel.distributed_optimizer": False, "training.precision": "bf16"},
+    ),
 }
 
 
@@ -37,7 +42,7 @@ def load(layout: str, directory: Path, more: int = 2) -> list[dict[str, Any]]:
     return run_distributed(world_size, "tests.dist.workers:load_and_go_on", args)
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2_sp", "dp2", "dp2_bf16", "tp2_bf16_plain_optimizer"])
 def test_resuming_in_the_same_layout_is_bitwise(layout: str, tmp_path: Path) -> None:
     uninterrupted, resumed = save(layout, tmp_path), load(layout, tmp_path)
     for straight, again in zip(uninterrupted, resumed, strict=True):
