@@ -160,8 +160,8 @@ def load_newest(
     directory: Path,
     models: list[Any],
     optimizer: Any,
+    recipe: Recipe,
     groups: Groups,
-    strict: bool,
     report: Callable[[str], None],
 ) -> Progress | None:
     """Load the newest checkpoint whose every byte is as it was written (collective).
@@ -169,7 +169,8 @@ def load_newest(
     Args:
         directory: the run's `checkpoints` directory.
         models, optimizer, groups: as for `save`; filled in place.
-        strict: stop at a damaged checkpoint instead of falling back to an older one.
+        recipe: `resume.strict` stops at a damaged checkpoint instead of falling back to an older one; a
+            recipe other than the checkpoint's is reported.
         report: takes one line per damaged checkpoint.
     Returns:
         How far the run had come; None if there is no checkpoint at all.
@@ -182,11 +183,18 @@ def load_newest(
         try:
             manifest = _verify_shared_out(checkpoint)
         except InputError as error:
-            if strict:
+            if recipe.resume.strict:
                 raise
             damage.append(str(error))
             report(f"checkpoint passed over: {error}")
             continue
+        if not manifest.has_optimizer:
+            raise InputError(
+                f"{checkpoint}: holds weights without optimizer state, so no run can go on from it; name it "
+                "in training.init_from and take another run_dir"
+            )
+        if manifest.recipe_sha256 != recipe_hash(recipe):
+            report(f"the recipe is not the one that {checkpoint.name} was saved with, see its recipe.yaml")
         _load_into(checkpoint, models, optimizer, groups)
         return Progress(manifest.step, manifest.consumed_samples)
     if candidates:

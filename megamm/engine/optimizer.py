@@ -74,7 +74,7 @@ def build_schedule(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
-        min_lr=settings.min_lr if settings.schedule != "constant" else settings.lr,
+        min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=decay_steps,
         lr_decay_style=settings.schedule,

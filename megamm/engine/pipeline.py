@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,26 +14,13 @@ from megamm.batch import IGNORE_INDEX, Batch
 from megamm.engine.groups import Groups
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """What one step's forward passes gave, over the whole data-parallel group.
-
-    Attributes:
-        loss: mean cross entropy per token that carries loss.
-        num_loss_tokens: how many those were.
-    """
-
-    loss: float
-    num_loss_tokens: int
-
-
 def forward_backward(
     models: list[torch.nn.Module],
     batches: list[Batch],
     groups: Groups,
     sequence_length: int,
     forward_only: bool = False,
-) -> StepLoss:
+) -> float:
     """Run the micro-batches of a step; gradients are left in the models' gradient buffers, reduced over
     data parallelism and divided by the number of loss tokens of the global batch.
 
@@ -44,6 +30,8 @@ def forward_backward(
         groups: process groups.
         sequence_length: S of every batch.
         forward_only: no backward pass.
+    Returns:
+        Mean cross entropy per token that carries loss, over the whole data-parallel group.
     """
     iterators: Any = [iter(batches) for _ in models]
     unwrapped: Any = models[0].module
@@ -75,11 +63,11 @@ def _loss(labels: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, tor
     return total, count.int(), torch.stack([total.detach(), count.float()]).clone()
 
 
-def _reduce_loss(results: list[torch.Tensor], groups: Groups) -> StepLoss:
-    """Sum over micro-batches and data-parallel ranks; known on every rank afterwards."""
+def _reduce_loss(results: list[torch.Tensor], groups: Groups) -> float:
+    """Mean over the loss tokens of all micro-batches and data-parallel ranks; known on every rank."""
     total = torch.zeros(2, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage and groups.tp_rank == 0 and results:
         total += torch.stack(results).to(torch.float64).sum(dim=0)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
-    return StepLoss(loss=float(total[0] / total[1].clamp(min=1)), num_loss_tokens=int(total[1]))
+    return float(total[0] / total[1].clamp(min=1))

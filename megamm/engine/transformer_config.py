@@ -9,8 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megamm.config import CrossAttentionConfig, Recipe
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from megamm.device import dtype_of
 
 
 @dataclass
@@ -32,7 +31,7 @@ class DecoderConfig(TransformerConfig):
 def decoder_config(recipe: Recipe) -> DecoderConfig:
     """The configuration of the recipe's language model in its parallel layout."""
     language = recipe.model.language
-    dtype = _DTYPES[recipe.training.precision]
+    dtype = dtype_of(recipe.training.precision)
     cross = recipe.model.cross_attention if recipe.model.assembly == "cross_attention" else None
     return DecoderConfig(
         num_layers=language.num_layers,

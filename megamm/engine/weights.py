@@ -20,14 +20,12 @@ class Shard:
         global_shape: of the whole tensor (with this layout's vocabulary padding).
         index: where the piece lies in the whole tensor.
         data: the piece; a view, so that writing to it changes the model (or its gradient).
-        is_main_replica: whether this rank is the one that saves the piece.
     """
 
     name: str
     global_shape: tuple[int, ...]
     index: tuple[slice, ...]
     data: torch.Tensor
-    is_main_replica: bool
 
 
 def named_shards(
@@ -62,12 +60,7 @@ def _shards_of(entry: Any) -> Iterator[Shard]:
             global_shape=tuple(tensor.global_shape),
             index=index,
             data=tensor.data,
-            is_main_replica=all(r == 0 for r in _as_tuple(tensor.replica_id)),
         )
-
-
-def _as_tuple(replica_id: Any) -> tuple[int, ...]:
-    return replica_id if isinstance(replica_id, tuple) else (replica_id,)
 
 
 @torch.no_grad()

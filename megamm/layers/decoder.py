@@ -52,7 +52,7 @@ class DecoderLayer(TransformerLayer):
         context_mask: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        if self.gated_cross_attention is not None and context is not None:
+        if self.gated_cross_attention is not None:
             hidden_states = self.gated_cross_attention(hidden_states, context, context_mask)
         hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return hidden_states, context

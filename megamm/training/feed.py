@@ -70,6 +70,17 @@ class BatchFeed:
         self.seconds_waited = time.perf_counter() - started
         return [self._share(batch) for batch in batches]
 
+    def remarks(self) -> list[str]:
+        """What the user should know about the samples read so far, by this rank."""
+        if self._loader is None:
+            return []
+        stats, length = self._loader.stats, self.recipe.data.sequence_length
+        counts = {
+            f"cut, being longer than data.sequence_length {length} or data.max_images": stats.truncated,
+            "without any token that carries loss": stats.without_loss,
+        }
+        return [f"{n:,} of {stats.samples:,} samples read were {what}" for what, n in counts.items() if n]
+
     def close(self) -> None:
         """Stop reading."""
         if self._loader is not None:

@@ -116,7 +116,7 @@ def _load_weights(session: Session, report: Report) -> None:
         _refuse_old_checkpoints(session.checkpoints)
     else:
         resumed = checkpoint.load_newest(
-            session.checkpoints, session.models, session.optimizer, layout, recipe.resume.strict, report
+            session.checkpoints, session.models, session.optimizer, recipe, layout, report
         )
     if resumed is not None:
         session.progress = resumed

@@ -14,7 +14,7 @@ from megamm.config import Recipe
 from megamm.device import device_name, memory_used
 from megamm.engine import checkpoint, groups
 from megamm.engine.checkpoint import Progress
-from megamm.engine.pipeline import StepLoss, forward_backward
+from megamm.engine.pipeline import forward_backward
 from megamm.errors import RunError
 from megamm.recipe import recipe_to_yaml
 from megamm.training.feed import BatchFeed
@@ -67,7 +67,7 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                     StepStats(
                         step=progress.step,
                         consumed_samples=progress.consumed_samples,
-                        loss=loss.loss,
+                        loss=loss,
                         lr=lr,
                         grad_norm=grad_norm,
                         num_tokens=counts["tokens"],
@@ -84,9 +84,11 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                 _save(session, progress, logger)
     finally:
         feed.close()
+        for remark in feed.remarks():
+            _say(logger, remark)
 
 
-def train_step(session: Session, batches: list[Batch]) -> tuple[StepLoss, float, float]:
+def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, float]:
     """One optimizer step: (loss, gradient norm before clipping, learning rate used)."""
     # 1. clear the gradients
     for model in session.wrapped:
@@ -117,10 +119,10 @@ def _counts(batches: list[Batch], session: Session) -> Counter[str]:
     return sum(parts, Counter())
 
 
-def _check_finite(loss: StepLoss, grad_norm: float, step: int) -> None:
-    if not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
+def _check_finite(loss: float, grad_norm: float, step: int) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
-            f"step {step}: loss {loss.loss} with gradient norm {grad_norm}; training diverged: lower "
+            f"step {step}: loss {loss} with gradient norm {grad_norm}; training diverged: lower "
             "optimizer.lr or lengthen optimizer.warmup_steps, then start again (from the last checkpoint)"
         )
 

@@ -92,7 +92,7 @@ def resumed_steps(pipeline: int, freeze: list[str]) -> dict[str, Any]:
         directory, progress, run_.models, run_.optimizer, run_.recipe, lambda d: d.mkdir(), run_.layout
     )
     again = Run(tiny_recipe("cross_attention", settings))
-    checkpoint.load_newest(directory, again.models, again.optimizer, again.layout, True, print)
+    checkpoint.load_newest(directory, again.models, again.optimizer, again.recipe, again.layout, print)
     after = _step_counts(again.optimizer)
     curves = [[run.step(step) for step in (2, 3)] for run in (run_, again)]
     groups.shutdown()

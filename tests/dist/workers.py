@@ -80,7 +80,7 @@ class Run:
         per_step = training.global_batch_size // training.micro_batch_size
         mine = range(step * per_step + self.layout.dp_rank, (step + 1) * per_step, dp_size)
         batches = [tiny_batch(self.recipe, i) for i in mine]
-        return forward_backward(self.wrapped, batches, self.layout, self.recipe.data.sequence_length).loss
+        return forward_backward(self.wrapped, batches, self.layout, self.recipe.data.sequence_length)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, gradient norm)."""
@@ -145,7 +145,7 @@ def save_after(assembly: str, overrides: dict[str, Any], directory: str, steps: 
 def load_and_go_on(assembly: str, overrides: dict[str, Any], directory: str, more: int) -> dict[str, Any]:
     """Load the newest checkpoint into another layout and train `more` steps."""
     run = Run(tiny_recipe(assembly, {"seed": 99, **overrides}))  # other weights than the saved ones
-    progress = checkpoint.load_newest(Path(directory), run.models, run.optimizer, run.layout, True, print)
+    progress = checkpoint.load_newest(Path(directory), run.models, run.optimizer, run.recipe, run.layout, print)
     assert progress is not None
     run.schedule.step(progress.step)
     return _go_on(run, progress.step, more)

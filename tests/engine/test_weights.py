@@ -95,7 +95,6 @@ def test_shards_are_views_and_cover_every_parameter_once(layout: Groups) -> None
     model = build(tiny_recipe("cross_attention"), layout)
     seen: list[Any] = list(named_shards(model))
     assert sum(shard.data.numel() for shard in seen) == sum(p.numel() for p in model.parameters())
-    assert all(shard.is_main_replica for shard in seen)
     with torch.no_grad():
         for value, shard in enumerate(seen, start=1):
             shard.data.fill_(value)

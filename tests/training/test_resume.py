@@ -80,6 +80,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, uninterrupt
     assert run(recipe, log, override) == 0
     assert f"passed over: {damaged}" in log.read_text()
     assert f"resumed at step {STEPS - 3}" in log.read_text()
+    assert "the recipe is not the one that step_00000009 was saved with" in log.read_text()  # its run_dir
     assert_same_end(uninterrupted / "run", run_dir)
 
     for checkpoint in list_checkpoints(run_dir / "checkpoints"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from megamm.engine.checkpoint import read_weights, resolve
+from megamm.engine.checkpoint import read_weights, resolve, write_weights
 from megamm.engine.manifest import list_checkpoints, verify
 from megamm.inference import load
+from megamm.recipe import load_recipe
 from tests.training.runs import STEPS, curve, run, write_recipe
 
 
@@ -62,8 +64,24 @@ def test_a_stage_starts_from_the_weights_of_another(
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
 
+    imported = tmp_path / "imported"
+    weights_only = imported / "checkpoints" / "step_00000003"
+    weights_only.parent.mkdir(parents=True)
+    write_weights(weights_only, before, load_recipe(recipe), tokenizer_dir)
+    assert run(recipe, log, bf16, f"--run_dir={imported}") == 2
+    assert f"{weights_only}: holds weights without optimizer state" in log.read_text()
+
     assert run(recipe, log, bf16, "--resume.enabled=false", f"--run_dir={first}") == 2
     assert "has checkpoints of an earlier run" in log.read_text()
+
+
+def test_samples_that_are_cut_are_counted(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    log = tmp_path / "log"
+    assert run(recipe, log, "--training.steps=2", "--data.sequence_length=60") == 0, log.read_text()
+    assert re.search(
+        r"\d+ of \d+ samples read were cut, being longer than data.sequence_length 60", log.read_text()
+    )
 
 
 @pytest.mark.parametrize(
