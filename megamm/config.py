@@ -88,35 +88,61 @@ class ConnectorConfig:
     """What stands between the vision encoder and the language model.
 
     Attributes:
-        kind: "mlp" (LLaVA: Linear, GELU, Linear) or "resampler" (Flamingo's perceiver resampler).
-        num_latents, depth, num_heads, head_dim, ffn_multiple: of the resampler.
-        latent_std: standard deviation of the resampler's latents at the start.
+        kind: "mlp" (LLaVA: Linear, GELU, Linear), "resampler" (Flamingo's perceiver resampler) or
+            "qformer" (BLIP-2's querying transformer and a linear layer).
+        num_latents, depth, num_heads, head_dim, ffn_multiple: of the resampler or the Q-Former, whose
+            latents are called queries and whose width is num_heads * head_dim.
+        activation: of the resampler's feed-forward ("relu" in IDEFICS).
+        qk_norm: LayerNorm over each head's queries and keys in the resampler (IDEFICS).
+        cross_every: the Q-Former's layers 0, n, 2n, ... attend to the image.
+        flag_embeddings: a frozen embedding before and one behind the queries of each image
+            (InternLM-XComposer); Q-Former only.
+        latent_std: standard deviation of the latents at the start.
     """
 
-    kind: Literal["mlp", "resampler"] = "mlp"
+    kind: Literal["mlp", "resampler", "qformer"] = "mlp"
     num_latents: int = 64
     depth: int = 6
     num_heads: int = 8
     head_dim: int = 64
     ffn_multiple: int = 4
+    activation: Literal["gelu", "relu"] = "gelu"
+    qk_norm: bool = False
+    cross_every: int = 2
+    flag_embeddings: bool = False
     latent_std: float = 1.0
 
 
 @dataclass
 class CrossAttentionConfig:
-    """Tanh-gated cross-attention blocks (Flamingo) in front of every n-th decoder layer.
+    """Tanh-gated cross-attention blocks in front of every n-th decoder layer.
 
     Attributes:
-        every: a block stands before decoder layer i (from 0) when (i + 1) % every == 0.
+        geometry: "flamingo" (LayerNorm, own heads, GELU feed-forward; OpenFlamingo, InfiMM) or "idefics"
+            (RMSNorm, the language model's heads and head size, SwiGLU of its ffn_hidden_size).
+        every: a block stands before decoder layer i (from 0) when (i + 1) % every == 0 (flamingo) or
+            i % every == 0 (idefics).
+        num_heads, head_dim, ffn_multiple: of the flamingo geometry.
+        qk_norm: RMSNorm over each head's queries and keys; idefics only.
+        vector_gates: gates of one value per feature instead of one in all; idefics only.
+        skip_text_only: a sample without any image passes the blocks unchanged (InfiMM); flamingo only.
         gate_init: value of both gates at the start, before tanh. 0 leaves a pretrained language model as
             it is; a model that starts from random weights learns faster with open gates.
     """
 
+    geometry: Literal["flamingo", "idefics"] = "flamingo"
     every: int = 4
     num_heads: int = 8
     head_dim: int = 64
     ffn_multiple: int = 4
+    qk_norm: bool = False
+    vector_gates: bool = False
+    skip_text_only: bool = False
     gate_init: float = 0.0
+
+    def stands_before(self, layer: int) -> bool:
+        """Whether there is a block in front of decoder layer `layer` (from 0)."""
+        return layer % self.every == (0 if self.geometry == "idefics" else self.every - 1)
 
 
 @dataclass
@@ -140,7 +166,11 @@ class ModelConfig:
     @property
     def tokens_per_image(self) -> int:
         """Sequence positions that one image placeholder takes."""
-        return self.vision.num_features if self.assembly == "merged" else 1
+        if self.assembly == "cross_attention":
+            return 1
+        if self.connector.kind == "mlp":
+            return self.vision.num_features
+        return self.connector.num_latents + 2 * self.connector.flag_embeddings
 
 
 @dataclass
@@ -176,13 +206,21 @@ class DataConfig:
     Attributes:
         train: a directory written by `megamm prepare`.
         sequence_length: S; shorter samples are padded, longer ones truncated (never inside an image).
-        max_images: per sample; a sample with more is cut before the first image too many.
+        pack: fill rows with several whole samples, each of which attends to itself alone. A micro-batch is
+            then one row of micro_batch_size * sequence_length positions, and global_batch_size counts rows
+            of sequence_length. Off: one sample per row, padded.
+        balance: deal the samples of a step over its micro-batches so that they cost about the same (text
+            and images both counted); which samples a step has does not change.
+        max_images: per sample; a sample with more is cut before the first image too many. With `pack`, a
+            micro-batch has at most micro_batch_size times as many.
         max_bad_images: stop the run when more than this share of samples had to be replaced.
         prefetch: micro-batches prepared ahead.
     """
 
     train: Optional[str] = None
     sequence_length: int = 2048
+    pack: bool = False
+    balance: bool = True
     max_images: int = 8
     image: ImageConfig = field(default_factory=ImageConfig)
     max_bad_images: float = 0.05
@@ -217,6 +255,10 @@ class ParallelConfig:
     Attributes:
         tensor, pipeline: group sizes.
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); None means 1.
+        pipeline_layout: which layers each stage holds, in megatron-core's notation: E embedding (with the
+            vision encoder and connector), t decoder layer, L output layer, | between stages (stage 0, 1,
+            ... of the first chunk, then of the next), "Ett|t*3|tL"; None deals the layers evenly.
+        context: ranks over which a sequence is split (context parallelism).
         sequence: sequence parallelism (needs tensor > 1).
         distributed_optimizer: optimizer state sharded over the data-parallel group (ZeRO-1).
         backend: transformer layers from Transformer Engine ("te"), from megatron-core and megamm
@@ -227,10 +269,45 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: Optional[int] = None
+    pipeline_layout: Optional[str] = None
+    context: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
     backend: Literal["auto", "te", "local"] = "auto"
     timeout_s: int = 600
+
+
+@dataclass
+class UnfreezeConfig:
+    """Parts of a frozen module that are trained all the same: its last blocks.
+
+    Attributes:
+        vision, language: the first block (from 0) that is trained, although training.freeze names the
+            module; None: none of it. What lies behind the blocks (final norm, output layer) is trained
+            along with them, embeddings are not.
+    """
+
+    vision: Optional[int] = None
+    language: Optional[int] = None
+
+
+@dataclass
+class RecomputeConfig:
+    """What is computed again in the backward pass instead of being kept.
+
+    Attributes:
+        language: "full" keeps only the inputs of decoder layers, "selective" recomputes `modules` of
+            each, "none" keeps everything.
+        modules: of "selective": "core_attn" (attention without its linears), "mlp".
+        layers: of "full": how many of the layers of each pipeline chunk; None means all.
+        vision, connector: keep only the inputs of the encoder's blocks, of the connector.
+    """
+
+    language: Literal["none", "selective", "full"] = "none"
+    modules: list[Literal["core_attn", "mlp"]] = field(default_factory=lambda: ["core_attn"])
+    layers: Optional[int] = None
+    vision: bool = False
+    connector: bool = False
 
 
 @dataclass
@@ -241,6 +318,8 @@ class TrainingConfig:
         steps: optimizer steps of the stage.
         freeze: parts that are not trained: "vision", "connector", "language" (decoder without the
             gated blocks), "cross_attention".
+        unfreeze: last blocks of frozen parts that are trained all the same.
+        recompute: activations that are computed again instead of being kept.
         init_from: a checkpoint whose weights start this stage (optimizer and step start afresh).
         device: "auto" takes CUDA when there is one.
     """
@@ -250,6 +329,8 @@ class TrainingConfig:
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     freeze: list[Literal["vision", "connector", "language", "cross_attention"]] = field(default_factory=list)
+    unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     init_from: Optional[str] = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -261,10 +342,12 @@ class CheckpointConfig:
     Attributes:
         interval: optimizer steps between checkpoints; 0 writes only the last one.
         keep: how many of the newest stay on disk.
+        asynchronous: training goes on while files are written (weights are copied to memory first).
     """
 
     interval: int = 500
     keep: int = 2
+    asynchronous: bool = True
 
 
 @dataclass

@@ -58,6 +58,11 @@ def pick_device(choice: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def num_gpus() -> int:
+    """CUDA devices of this machine that torch can use."""
+    return torch.cuda.device_count()
+
+
 def distributed_backend(device: torch.device) -> str:
     """The torch.distributed backend for tensors on `device`: "nccl" or "gloo"."""
     return "nccl" if device.type == "cuda" else "gloo"

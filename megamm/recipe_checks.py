@@ -6,11 +6,12 @@ is a generator of sentences that name the key, the numbers and the remedy; the f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
-from megamm.config import Recipe
+from megamm.config import ModelConfig, Recipe
 from megamm.errors import InputError
 
 POSITIVE_KEYS = [
@@ -25,6 +26,7 @@ POSITIVE_KEYS = [
     "optimizer.eps",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.context",
     "parallel.timeout_s",
     "checkpoint.keep",
     "log.interval",
@@ -40,6 +42,7 @@ POSITIVE_KEYS = [
     "model.connector.num_heads",
     "model.connector.head_dim",
     "model.connector.ffn_multiple",
+    "model.connector.cross_every",
     "model.cross_attention.every",
     "model.cross_attention.num_heads",
     "model.cross_attention.head_dim",
@@ -50,6 +53,7 @@ OPTIONAL_POSITIVE_KEYS = [
     "model.language.sliding_window",
     "optimizer.decay_steps",
     "parallel.virtual_pipeline",
+    "training.recompute.layers",
 ]
 NOT_NEGATIVE_KEYS = [
     "seed",
@@ -58,6 +62,19 @@ NOT_NEGATIVE_KEYS = [
     "optimizer.weight_decay",
     "optimizer.clip_grad",
     "checkpoint.interval",
+]
+# (key of the model, key that decides whether it has a meaning, the value it then has)
+BELONGS_TO = [
+    ("connector.activation", "connector.kind", "resampler"),
+    ("connector.qk_norm", "connector.kind", "resampler"),
+    ("connector.cross_every", "connector.kind", "qformer"),
+    ("connector.flag_embeddings", "connector.kind", "qformer"),
+    ("cross_attention.num_heads", "cross_attention.geometry", "flamingo"),
+    ("cross_attention.head_dim", "cross_attention.geometry", "flamingo"),
+    ("cross_attention.ffn_multiple", "cross_attention.geometry", "flamingo"),
+    ("cross_attention.skip_text_only", "cross_attention.geometry", "flamingo"),
+    ("cross_attention.qk_norm", "cross_attention.geometry", "idefics"),
+    ("cross_attention.vector_gates", "cross_attention.geometry", "idefics"),
 ]
 LANGUAGE_SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "vocab_size")
 VISION_SIZES = ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width")
@@ -71,7 +88,7 @@ def validate(recipe: Recipe) -> list[str]:
     Raises:
         InputError: the first setting that cannot work, with its numbers and the remedy.
     """
-    checks = (_ranges, _language, _vision, _assembly, _sequence, _layout, _batch, _freeze)
+    checks = (_ranges, _language, _vision, _assembly, _sequence, _layout, _batch, _packing, _freeze)
     for check in checks:
         for problem in check(recipe):
             raise InputError(problem)
@@ -85,11 +102,12 @@ def validate_world(recipe: Recipe, world_size: int) -> int:
         InputError: `world_size` does not fit the layout, or the batch does not fit `world_size`.
     """
     p, t = recipe.parallel, recipe.training
-    model_parallel = p.tensor * p.pipeline
+    model_parallel = p.tensor * p.pipeline * p.context
     if world_size % model_parallel:
+        product = f"tensor {p.tensor} x pipeline {p.pipeline}" + (f" x context {p.context}" * (p.context > 1))
         raise InputError(
-            f"parallel: tensor {p.tensor} x pipeline {p.pipeline} = {model_parallel} does not divide the "
-            f"{world_size} processes; start a multiple of {model_parallel} or change parallel.tensor/pipeline"
+            f"parallel: {product} = {model_parallel} does not divide the {world_size} processes; start a "
+            f"multiple of {model_parallel} or change parallel.tensor/pipeline"
         )
     data_parallel = world_size // model_parallel
     per_round = t.micro_batch_size * data_parallel
@@ -109,8 +127,8 @@ def validate_world(recipe: Recipe, world_size: int) -> int:
     return data_parallel
 
 
-def _value(recipe: Recipe, dotted: str) -> Any:
-    return reduce(getattr, dotted.split("."), recipe)
+def _value(section: Recipe | ModelConfig, dotted: str) -> Any:
+    return reduce(getattr, dotted.split("."), section)
 
 
 def _next_multiple(number: int, of: int) -> int:
@@ -193,18 +211,32 @@ def _vision(recipe: Recipe) -> Iterator[str]:
 
 
 def _assembly(recipe: Recipe) -> Iterator[str]:
-    fitting = {"merged": "mlp", "cross_attention": "resampler"}[recipe.model.assembly]
-    if recipe.model.connector.kind != fitting:
+    fitting = {"merged": ("mlp", "qformer"), "cross_attention": ("resampler",)}[recipe.model.assembly]
+    if recipe.model.connector.kind not in fitting:
         yield (
             f"model.connector.kind: {recipe.model.connector.kind} does not fit model.assembly "
-            f"{recipe.model.assembly}; use {fitting}"
+            f"{recipe.model.assembly}; use {' or '.join(fitting)}"
         )
+    yield from _meaningless_keys(recipe)
     every, layers = recipe.model.cross_attention.every, recipe.model.language.num_layers
-    if recipe.model.assembly == "cross_attention" and every > layers:
+    flamingo = recipe.model.cross_attention.geometry == "flamingo"
+    if recipe.model.assembly == "cross_attention" and flamingo and every > layers:
         yield (
             f"model.cross_attention.every: {every} is more than the {layers} layers, so images would "
             f"never be seen; give {layers} or less"
         )
+
+
+def _meaningless_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys that were set although the connector or the gated blocks of this recipe do not have them."""
+    default = ModelConfig()
+    for key, decider, needed in BELONGS_TO:
+        value, kind = _value(recipe.model, key), _value(recipe.model, decider)
+        if kind != needed and value != _value(default, key):
+            yield (
+                f"model.{key}: {value} has no meaning with model.{decider} {kind}, only with {needed}; "
+                f"remove it, or set model.{decider} to {needed}"
+            )
 
 
 def _sequence(recipe: Recipe) -> Iterator[str]:
@@ -217,12 +249,16 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
     if model.tokens_per_image >= length:
         yield (
             f"data.sequence_length: {length} leaves no room for text beside the {model.tokens_per_image} "
-            f"positions of one image; raise it or lower model.vision.image_size"
+            f"positions of one image; raise it or lower "
+            f"model.{'connector.num_latents' if model.connector.kind == 'qformer' else 'vision.image_size'}"
         )
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence: needs parallel.tensor above 1; set parallel.sequence=false"
     if p.sequence:
         yield from _divides("data.sequence_length", length, "parallel.tensor", p.tensor)
+    if p.context > 1:  # each rank has an early and a late chunk, which sequence parallelism splits further
+        parts = 2 * p.context * (p.tensor if p.sequence else 1)
+        yield from _divides("data.sequence_length", length, "the chunks of parallel.context", parts)
 
 
 def _layout(recipe: Recipe) -> Iterator[str]:
@@ -233,10 +269,14 @@ def _layout(recipe: Recipe) -> Iterator[str]:
         ("model.language.ffn_hidden_size", m.ffn_hidden_size),
         ("model.language.hidden_size", m.hidden_size),
     ]
-    if model.assembly == "cross_attention":
+    c = model.connector
+    if model.assembly == "cross_attention" and model.cross_attention.geometry == "flamingo":
         split += [("model.cross_attention.num_heads", model.cross_attention.num_heads)]
-    if model.connector.kind == "resampler":
-        split += [("model.connector.num_heads", model.connector.num_heads)]
+    if c.kind in ("resampler", "qformer"):
+        split += [("model.connector.num_heads", c.num_heads)]
+    if c.kind == "resampler":
+        inner = model.vision.width * c.ffn_multiple
+        split += [("model.vision.width x model.connector.ffn_multiple", inner)]
     for key, value in split:
         if value % p.tensor:
             yield (
@@ -255,11 +295,31 @@ def _layout(recipe: Recipe) -> Iterator[str]:
             f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline above 1; "
             f"set it to null or use pipeline stages"
         )
-    if m.num_layers % chunks:
+    if p.pipeline_layout is not None:
+        yield from _pipeline_layout(p.pipeline_layout, chunks, m.num_layers)
+    elif m.num_layers % chunks:
         yield (
             f"model.language.num_layers: {m.num_layers} is not divisible by parallel.pipeline {p.pipeline} x "
-            f"virtual_pipeline {p.virtual_pipeline or 1} = {chunks}; use stages that divide {m.num_layers}"
+            f"virtual_pipeline {p.virtual_pipeline or 1} = {chunks}; use stages that divide {m.num_layers}, "
+            f"or say in parallel.pipeline_layout which stage holds how many"
         )
+
+
+def _pipeline_layout(layout: str, num_chunks: int, num_layers: int) -> Iterator[str]:
+    """Whether a layout like "Ett|t*3|tL" is one of these chunks and layers."""
+    key = f"parallel.pipeline_layout: {layout!r}"
+    if not re.fullmatch(r"E(t(\*\d+)?|\|)*L", layout):
+        yield f"{key} is not E (embedding), t or t*N (layers), | (between stages), L (output) in that order"
+        return
+    stages = layout.count("|") + 1
+    if stages != num_chunks:
+        yield (
+            f"{key} has {stages} stages, but parallel.pipeline x virtual_pipeline is {num_chunks}; "
+            f"write {num_chunks - 1} bars"
+        )
+    layers = sum(int(times or 1) for times in re.findall(r"t(?:\*(\d+))?", layout))
+    if layers != num_layers:
+        yield f"{key} has {layers} layers, but model.language.num_layers is {num_layers}; make them agree"
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
@@ -269,12 +329,22 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     )
 
 
+def _packing(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.pack and recipe.parallel.context > 1:
+        yield (
+            f"data.pack: the documents of a packed row cannot be split over parallel.context "
+            f"{recipe.parallel.context}; set data.pack=false or parallel.context=1"
+        )
+
+
 def trainable_parts(recipe: Recipe) -> list[str]:
-    """The parts of the model (names as in training.freeze) that this stage trains."""
+    """The parts of the model (names as in training.freeze) that this stage trains, wholly or partly."""
     parts = ["vision", "connector", "language"]
     if recipe.model.assembly == "cross_attention":
         parts.append("cross_attention")
-    return [part for part in parts if part not in recipe.training.freeze]
+    unfreeze = recipe.training.unfreeze
+    partly = {"vision": unfreeze.vision is not None, "language": unfreeze.language is not None}
+    return [part for part in parts if part not in recipe.training.freeze or partly.get(part)]
 
 
 def _freeze(recipe: Recipe) -> Iterator[str]:
@@ -283,8 +353,24 @@ def _freeze(recipe: Recipe) -> Iterator[str]:
             "training.freeze: holds cross_attention, which a model with model.assembly merged does not "
             "have; remove it"
         )
+    yield from _unfreeze(recipe)
     if not trainable_parts(recipe):
         yield "training.freeze: every part is frozen, so nothing would be trained; remove one"
+
+
+def _unfreeze(recipe: Recipe) -> Iterator[str]:
+    vision = recipe.model.vision
+    used_blocks = range(vision.num_layers + 1)[vision.feature_layer]
+    blocks = {"vision": used_blocks, "language": recipe.model.language.num_layers}
+    for part, num_blocks in blocks.items():
+        first = getattr(recipe.training.unfreeze, part)
+        if first is None:
+            continue
+        key = f"training.unfreeze.{part}"
+        if part not in recipe.training.freeze:
+            yield f"{key}: is {first}, but {part} is trained as a whole; add {part} to training.freeze"
+        elif not 0 <= first < num_blocks:
+            yield f"{key}: {first} is not one of the {num_blocks} blocks in use; give 0 to {num_blocks - 1}"
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command
+from megamm.cli.common import add_command, positive
+from megamm.errors import InputError
 
 
 def add_parsers(commands: Any) -> None:
@@ -26,20 +27,29 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes and layout of what would run and stop"
     )
+    parser.add_argument(
+        "--world",
+        type=positive,
+        metavar="N",
+        help="--dry-run: of N processes, what each pipeline stage holds",
+    )
+    parser.add_argument("--rank", type=int, metavar="R", help="--dry-run: what rank R holds")
 
 
 def train(args: argparse.Namespace) -> int:
     """Run `megamm train`."""
     from megamm.recipe import load_recipe, recipe_to_yaml
 
+    if not args.dry_run and (args.world, args.rank) != (None, None):
+        raise InputError("--world, --rank: describe processes that are not started; add --dry-run")
     recipe = load_recipe(args.recipe, args.overrides)
     if args.print_config:
         print(recipe_to_yaml(recipe), end="")
         return 0
     if args.dry_run:
-        from megamm.training.dry_run import dry_run
+        from megamm.planning.dry_run import dry_run
 
-        print(dry_run(recipe))
+        print(dry_run(recipe, args.world, args.rank))
         return 0
     from megamm.training.train import train as run
 

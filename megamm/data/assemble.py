@@ -1,8 +1,9 @@
-"""A stored sample becomes a row of fixed length; rows become a micro-batch."""
+"""A stored sample becomes a document of at most so many positions; documents become a micro-batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 from megamm.batch import IGNORE_INDEX, Batch
 
 
-class Row(NamedTuple):
-    """One sample at sequence length S.
+class Document(NamedTuple):
+    """One sample, cut to fit, without padding.
 
     Attributes:
-        input_ids, labels: [S] int64; see Batch.
+        input_ids, labels: [L] int64, L > 0; see Batch.
         num_images, num_dropped_images: images that are left, and that truncation took (the last ones).
         truncated: something was cut off.
         learnt: at least one position carries loss.
@@ -29,60 +30,98 @@ class Row(NamedTuple):
     learnt: bool
 
 
+@dataclass(frozen=True)
 class Assembler:
-    """Brings samples to `sequence_length` positions and at most `max_images` images, each of which takes
-    `tokens_per_image` positions."""
+    """Expands images to the positions they take, cuts, and shifts labels.
 
-    def __init__(
-        self, sequence_length: int, tokens_per_image: int, image_id: int, pad_id: int, max_images: int
-    ):
-        self.sequence_length, self.max_images = sequence_length, max_images
-        self.tokens_per_image = tokens_per_image
-        self.image_id, self.pad_id = image_id, pad_id
+    Attributes:
+        tokens_per_image: positions of an image.
+        image_id, pad_id: of the tokenizer.
+    """
 
-    def row(self, tokens: np.ndarray, learnt: np.ndarray) -> Row:
-        """The row of a sample with ids `tokens` [n], learnt where `learnt` [n] is not 0.
+    tokens_per_image: int
+    image_id: int
+    pad_id: int
 
-        Too long a sample is cut at S, or before the image that would be cut through or is one too
-        many; that image and those after it are dropped. The last position that is kept predicts nothing.
+    def kept(self, tokens: np.ndarray, max_length: int, max_images: int) -> tuple[int, int]:
+        """(positions, images) that are left of a sample with ids `tokens` [n].
+
+        Too long a sample is cut at `max_length` positions, or before the image that would be cut through
+        or is one too many; that image and those after it are dropped. A sample that loses everything
+        keeps one position of padding.
         """
-        is_image = tokens == self.image_id
-        images = np.flatnonzero(is_image)
+        images = np.flatnonzero(tokens == self.image_id)
         ends = images + 1 + (self.tokens_per_image - 1) * np.arange(1, len(images) + 1)
-        length = len(tokens) + (self.tokens_per_image - 1) * len(images)
-        kept = min(length, self.sequence_length)
-        num_images = min(int(np.searchsorted(ends, kept, side="right")), self.max_images)
+        kept = min(len(tokens) + (self.tokens_per_image - 1) * len(images), max_length)
+        num_images = min(int(np.searchsorted(ends, kept, side="right")), max_images)
         if num_images < len(images):
             kept = min(kept, int(ends[num_images]) - self.tokens_per_image)
-        if self.tokens_per_image > 1 and len(images):
+        return max(kept, 1), num_images
+
+    def document(self, tokens: np.ndarray, learnt: np.ndarray, max_length: int, max_images: int) -> Document:
+        """The document of a sample with ids `tokens` [n], learnt where `learnt` [n] is not 0, cut as `kept`
+        says. Its last position predicts nothing."""
+        is_image = tokens == self.image_id
+        num_placeholders = int(is_image.sum())
+        kept, num_images = self.kept(tokens, max_length, max_images)
+        if self.tokens_per_image > 1 and num_placeholders:
             repeats = np.where(is_image, self.tokens_per_image, 1)
             tokens, learnt = np.repeat(tokens, repeats), np.repeat(learnt, repeats)
-        input_ids = np.full(self.sequence_length, self.pad_id, np.int64)
-        input_ids[:kept] = tokens[:kept]
-        labels = np.full(self.sequence_length, IGNORE_INDEX, np.int64)
+        input_ids = tokens[:kept].astype(np.int64)
+        if kept == 1 and num_images == 0 and is_image[0]:
+            input_ids[:] = self.pad_id
+        labels = np.full(kept, IGNORE_INDEX, np.int64)
         targets = learnt[1:kept] != 0
-        np.copyto(labels[: max(kept - 1, 0)], tokens[1:kept], where=targets)
-        return Row(
-            input_ids, labels, num_images, len(images) - num_images, kept < length, bool(targets.any())
+        np.copyto(labels[:-1], tokens[1:kept], where=targets)
+        return Document(
+            input_ids,
+            labels,
+            num_images,
+            num_placeholders - num_images,
+            kept < len(tokens) or num_images < num_placeholders,
+            bool(targets.any()),
         )
 
+    def batch(
+        self,
+        documents: Sequence[Document],
+        length: int,
+        packed: bool,
+        images: Sequence[torch.Tensor],
+        image_size: int,
+        sample_ids: Sequence[int],
+        num_skipped: int,
+    ) -> Batch:
+        """The micro-batch of `documents`.
 
-def collate(
-    rows: Sequence[Row],
-    images: Sequence[torch.Tensor],
-    image_size: int,
-    sample_ids: Sequence[int],
-    num_skipped: int,
-) -> Batch:
-    """The micro-batch of `rows`; `images` are those of all rows in their order."""
-    input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
-    positions = torch.arange(input_ids.shape[1]).repeat(len(rows), 1)
-    return Batch(
-        input_ids=input_ids,
-        labels=torch.from_numpy(np.stack([row.labels for row in rows])),
-        position_ids=positions,
-        images=torch.stack(list(images)) if images else torch.empty(0, 3, image_size, image_size),
-        images_per_sample=torch.tensor([row.num_images for row in rows], dtype=torch.int64),
-        sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
-        num_skipped=num_skipped,
-    )
+        Args:
+            length: positions of a row.
+            packed: all documents in one row; otherwise each has its own.
+            images: [3, image_size, image_size] each, those of all documents in their order.
+        """
+        rows = [documents] if packed else [[document] for document in documents]
+        input_ids = np.full((len(rows), length), self.pad_id, np.int64)
+        labels = np.full((len(rows), length), IGNORE_INDEX, np.int64)
+        position_ids = np.tile(np.arange(length), (len(rows), 1))
+        used = 0
+        for number, row in enumerate(rows):
+            end = 0
+            for document in row:
+                start, end = end, end + len(document.input_ids)
+                input_ids[number, start:end] = document.input_ids
+                labels[number, start:end] = document.labels
+                position_ids[number, start:] = np.arange(length - start)
+            if packed:
+                position_ids[number, end:] = np.arange(length - end)
+            used += end
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
+            position_ids=torch.from_numpy(position_ids),
+            images=torch.stack(list(images)) if images else torch.empty(0, 3, image_size, image_size),
+            images_per_sample=torch.tensor([sum(d.num_images for d in row) for row in rows]),
+            sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
+            num_skipped=num_skipped,
+            packed=packed,
+            num_padding=input_ids.size - used,
+        )

@@ -93,9 +93,10 @@ class PreparedDataset:
         images = range(int(self._image_starts[row]), int(self._image_starts[row + 1]))
         return Sample(self._tokens[row], self._learnt[start:end], images)
 
-    def length(self, row: int) -> int:
-        """Number of stored tokens of a sample (an image counts as one)."""
-        return int(self._tokens.starts[row + 1] - self._tokens.starts[row])
+    def sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stored tokens (an image counts as one) and images of the samples `rows` [n]: [n] int64 each."""
+        starts, images = self._tokens.starts, self._image_starts
+        return starts[rows + 1] - starts[rows], images[rows + 1] - images[rows]
 
     def location(self, image: int) -> Location:
         """Where the bytes of an image lie."""

@@ -1,14 +1,12 @@
 """The stream of micro-batches of one data-parallel rank, in training order, prepared in the background.
 
-The story of a batch: `order` says which samples -> `indexed` reads their tokens -> `assemble` makes rows
--> the images of the rows are read and decoded together -> a sample with a bad image is replaced -> collate.
+The story of a batch: `step_plan` says which samples -> `indexed` reads their tokens -> `assemble` makes
+documents -> their images are read and decoded together -> a sample with a bad image is replaced -> batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,16 +19,19 @@ import torch
 
 from megamm.batch import Batch
 from megamm.config import Recipe
-from megamm.data.assemble import Assembler, Row, collate
+from megamm.data.assemble import Assembler, Document
+from megamm.data.balance import Cost
 from megamm.data.images import ImageError, make_image_loader
 from megamm.data.indexed import PreparedDataset
-from megamm.data.order import hashed, samples_at, substitute_at
+from megamm.data.order import hashed, substitute_at
+from megamm.data.quarantine import Quarantine
+from megamm.data.step_plan import Place, StepPlanner
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError, RunError
 
-ORDER_BLOCK = 4096  # global samples whose rows are computed at once
 MIN_SAMPLES_TO_JUDGE = 100  # before this many samples the share of bad images stops no run
 MAX_ATTEMPTS = 32  # replacements of one sample; so many bad ones in a row mean that the images are gone
+MAX_DRAWS = 64  # substitutes that are looked at for one that need not be cut to fit a place in a packed row
 
 
 @dataclass
@@ -39,8 +40,10 @@ class LoaderStats:
 
     Attributes:
         samples: delivered. replaced: of these, had an unreadable image and are substitutes.
-        truncated: longer than the sequence length. without_loss: no position carries loss.
+        truncated: longer than the sequence length (or, as a substitute, than the place in a packed row).
+        without_loss: no position carries loss.
         dropped_images: cut off by truncation.
+        positions, padding: of all rows, and those of them that hold no sample.
     """
 
     samples: int = 0
@@ -48,19 +51,23 @@ class LoaderStats:
     truncated: int = 0
     without_loss: int = 0
     dropped_images: int = 0
+    positions: int = 0
+    padding: int = 0
 
 
 class BatchLoader:
     """Iterates over the micro-batches of data-parallel rank `dp_rank` without end.
 
-    With micro-batch size b and D = dp_size, position j of the m-th micro-batch from the start of a step
-    is global sample (m * D + dp_rank) * b + j of that step: the samples of a step are the same for every
-    D, and any `consumed_samples` continues exactly where a run with that count stopped.
+    The samples of a step and the micro-batches they form are the same for every dp_size (see step_plan),
+    and any `consumed_samples` at which a step ended continues exactly where a run with that count stopped.
+    A sample with an unreadable image is replaced after planning, so the plan of a step never changes. In a
+    packed row the substitute has the place of that sample: of the next MAX_DRAWS substitutes, the first
+    that fits into it whole, or else the first, cut (none that has turned out bad already).
 
     Attributes:
         image_loader: the one in use; its `name` is worth a log line.
         stats: what happened so far (written by the preparing thread, a few batches ahead).
-        micro_batches_per_step: micro-batches that make one optimizer step on this rank.
+        consumed_samples: global samples of this stage that the steps delivered so far used, on all ranks.
     """
 
     def __init__(
@@ -71,11 +78,13 @@ class BatchLoader:
         dp_rank: int,
         dp_size: int,
         quarantine: Path | None,
+        cost: Cost = Cost(),  # noqa: B008 (frozen)
     ):
         """
         Args:
             consumed_samples: global samples of this stage that were trained on already.
             quarantine: file to which one JSON line is appended per bad image; None: not recorded.
+            cost: what samples cost, for data.balance.
 
         Raises:
             InputError: the dataset is missing or damaged, was made with another tokenizer, or the
@@ -85,24 +94,18 @@ class BatchLoader:
         if data.train is None:
             raise InputError("data.train: is not set; give a directory written by `megamm prepare`")
         self.recipe, self.dp_rank, self.dp_size = recipe, dp_rank, dp_size
-        self.micro_batches_per_step = _micro_batches(recipe, dp_size)
+        _check_batch_size(recipe, dp_size)
         self.dataset = PreparedDataset(data.train)
         _check_tokenizer(self.dataset, tokenizer, recipe)
-        self._assembler = Assembler(
-            data.sequence_length,
-            recipe.model.tokens_per_image,
-            tokenizer.image_id,
-            tokenizer.pad_id,
-            data.max_images,
-        )
+        self._assembler = Assembler(recipe.model.tokens_per_image, tokenizer.image_id, tokenizer.pad_id)
+        self._planner = StepPlanner(self.dataset, self._assembler, recipe, cost)
         self.image_loader = make_image_loader(data.image, recipe.model.vision.image_size, training=True)
         self._readers = ThreadPoolExecutor(max(1, data.image.num_workers))
-        self._consumed = consumed_samples
-        self._quarantine = _Quarantine(quarantine)
+        self.consumed_samples = consumed_samples
+        self._quarantine = Quarantine(quarantine)
         self.stats = LoaderStats()
-        self._order = np.empty(0, np.int64)
-        self._order_start = 0
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(1, data.prefetch))
+        # batches, each with the consumed samples after it
+        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(max(1, data.prefetch))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="batch-loader", daemon=True)
         self._thread.start()
@@ -118,7 +121,8 @@ class BatchLoader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        batch, self.consumed_samples = item
+        return batch
 
     def close(self) -> None:
         """Stop the background thread and the decoders; may be called again."""
@@ -138,48 +142,49 @@ class BatchLoader:
 
     def _prepare(self) -> None:
         try:
-            number = 0
+            consumed = self.consumed_samples
             while not self._stop.is_set():
-                self._ready.put(self._batch(number))
-                number += 1
+                plan = self._planner.plan(consumed)
+                micro_batches = plan.of_rank(self.dp_rank, self.dp_size)
+                for number, places in enumerate(micro_batches, start=1):
+                    if self._stop.is_set():
+                        return
+                    consumed = plan.end if number == len(micro_batches) else plan.start
+                    self._ready.put((self._batch(places), consumed))
         except BaseException as error:  # the consumer raises it
             self._ready.put(error)
 
-    def _batch(self, number: int) -> Batch:
-        """The number-th micro-batch of this rank since the loader was made."""
-        size = self.recipe.training.micro_batch_size
-        step, micro = divmod(number, self.micro_batches_per_step)
-        first = (
-            self._consumed
-            + step * self.recipe.training.global_batch_size
-            + (micro * self.dp_size + self.dp_rank) * size
-        )
-        slots = [self._slot(index, self._row_of(index), attempt=0) for index in range(first, first + size)]
+    def _batch(self, places: Sequence[Place]) -> Batch:
+        slots = [self._slot(place, place.sample, draw=0) for place in places]
         todo, replaced = slots, 0
         while todo:
             self._load_images(todo)
             todo = [slot for slot in todo if slot.bad]
-            replaced += sum(slot.attempt == 0 for slot in todo)
+            replaced += sum(slot.draw == 0 for slot in todo)
             for slot in todo:
                 self._replace(slot)
-        self._count(slots, replaced)
-        return collate(
-            [slot.row for slot in slots],
+        recipe, data = self.recipe, self.recipe.data
+        batch = self._assembler.batch(
+            [slot.document for slot in slots],
+            data.sequence_length * (recipe.training.micro_batch_size if data.pack else 1),
+            data.pack,
             [image for slot in slots for image in slot.images],
-            self.recipe.model.vision.image_size,
+            recipe.model.vision.image_size,
             [slot.sample for slot in slots],
             replaced,
         )
+        self._count(slots, batch)
+        return batch
 
-    def _slot(self, index: int, sample: int, attempt: int) -> _Slot:
+    def _slot(self, place: Place, sample: int, draw: int) -> _Slot:
         stored = self.dataset[sample]
-        row = self._assembler.row(stored.tokens, stored.learnt)
-        if row.num_images + row.num_dropped_images != len(stored.images):
+        document = self._assembler.document(stored.tokens, stored.learnt, place.length, place.images)
+        if document.num_images + document.num_dropped_images != len(stored.images):
             raise InputError(
                 f"{self.dataset.directory}: sample {sample} has other images than placeholders; "
                 "the dataset is damaged, run `megamm prepare` again"
             )
-        return _Slot(index, sample, attempt, row, stored.images[: row.num_images])
+        return _Slot(place, sample, draw, document, stored.images[: document.num_images])
 
     def _load_images(self, slots: Sequence[_Slot]) -> None:
         """Read and decode the images of `slots`; a slot is `bad` if any of its images is."""
@@ -203,11 +208,13 @@ class BatchLoader:
                 slot.images.append(result)
             else:
                 slot.bad = True
-                self._quarantine.add(self.dataset, slot.records[place], slot, str(result))
+                self._quarantine.add(
+                    self.dataset, slot.records[place], slot.sample, slot.place.index, str(result)
+                )
 
-    def _key(self, slot: _Slot, place: int) -> int:
+    def _key(self, slot: _Slot, number: int) -> int:
         """What decides the augmentation of an image: its place in the training order."""
-        return hashed(self.recipe.seed, self.recipe.stage, "image", slot.index, slot.attempt, place)
+        return hashed(self.recipe.seed, self.recipe.stage, "image", slot.place.index, slot.draw, number)
 
     def _read(self, image: int) -> bytes | ImageError:
         try:
@@ -217,23 +224,38 @@ class BatchLoader:
 
     def _replace(self, slot: _Slot) -> None:
         """Give the slot another sample, drawn from its place in the order alone."""
-        recipe, attempt = self.recipe, slot.attempt + 1
-        if attempt > MAX_ATTEMPTS:
+        if len(slot.tried) == MAX_ATTEMPTS:
             raise RunError(
                 f"{self.dataset.directory}: {MAX_ATTEMPTS} samples in a row have unreadable images; "
                 f"check the images, the last problems are in {self._quarantine.path}"
             )
-        sample = substitute_at(recipe.seed, recipe.stage, slot.index, attempt, len(self.dataset))
-        other = self._slot(slot.index, sample, attempt)
-        slot.sample, slot.attempt, slot.row, slot.records = other.sample, attempt, other.row, other.records
+        slot.tried.append(slot.sample)
+        draw, sample = self._substitute(slot)
+        other = self._slot(slot.place, sample, draw)
+        slot.sample, slot.draw, slot.document, slot.records = sample, draw, other.document, other.records
 
-    def _count(self, slots: Sequence[_Slot], replaced: int) -> None:
-        stats = self.stats
+    def _substitute(self, slot: _Slot) -> tuple[int, int]:
+        """(number of the draw, sample) of the next substitute."""
+        recipe, place, size = self.recipe, slot.place, len(self.dataset)
+        draws = range(slot.draw + 1, slot.draw + 1 + MAX_DRAWS)
+        samples = np.array(
+            [substitute_at(recipe.seed, recipe.stage, place.index, draw, size) for draw in draws]
+        )
+        lengths, images = self._planner.needs(samples)
+        fits = (lengths <= place.length) & (images <= place.images)
+        untried = ~np.isin(samples, slot.tried)
+        chosen = int(np.where(untried, 1 + fits, 0).argmax())  # of those that rank highest, the first
+        return draws[chosen], int(samples[chosen])
+
+    def _count(self, slots: Sequence[_Slot], batch: Batch) -> None:
+        stats, documents = self.stats, [slot.document for slot in slots]
         stats.samples += len(slots)
-        stats.replaced += replaced
-        stats.truncated += sum(slot.row.truncated for slot in slots)
-        stats.without_loss += sum(not slot.row.learnt for slot in slots)
-        stats.dropped_images += sum(slot.row.num_dropped_images for slot in slots)
+        stats.replaced += batch.num_skipped
+        stats.truncated += sum(document.truncated for document in documents)
+        stats.without_loss += sum(not document.learnt for document in documents)
+        stats.dropped_images += sum(document.num_dropped_images for document in documents)
+        stats.positions += batch.input_ids.numel()
+        stats.padding += batch.num_padding
         limit = self.recipe.data.max_bad_images
         if stats.samples >= MIN_SAMPLES_TO_JUDGE and stats.replaced > limit * stats.samples:
             raise RunError(
@@ -242,68 +264,29 @@ class BatchLoader:
                 "images or raise the limit"
             )
 
-    def _row_of(self, index: int) -> int:
-        """Dataset row of global sample `index`, from a block computed at once."""
-        start = index - index % ORDER_BLOCK
-        if start != self._order_start or not len(self._order):
-            recipe = self.recipe
-            self._order = samples_at(recipe.seed, recipe.stage, start, ORDER_BLOCK, len(self.dataset))
-            self._order_start = start
-        return int(self._order[index - start])
-
 
 @dataclass
 class _Slot:
-    """One place of a micro-batch: its global index, and the sample that fills it."""
+    """A place and the sample that fills it: its own or, at draw 1, 2, ..., a substitute. `tried` are those
+    before, which were bad."""
 
-    index: int
+    place: Place
     sample: int
-    attempt: int
-    row: Row
+    draw: int
+    document: Document
     records: range
     images: list[torch.Tensor] = field(default_factory=list)
     bad: bool = False
+    tried: list[int] = field(default_factory=list)
 
 
-class _Quarantine:
-    """Appends one line per bad image and sample; lines of several processes do not mix."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self._seen: set[int] = set()
-
-    def add(self, dataset: PreparedDataset, image: int, slot: _Slot, reason: str) -> None:
-        if self.path is None or image in self._seen:
-            return
-        self._seen.add(image)
-        location = dataset.location(image)
-        line = {
-            "source": dataset.store.source(location),
-            "key": location.name,
-            "reason": reason,
-            "sample": slot.sample,
-            "global_index": slot.index,
-        }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror}); free the disk") from None
-
-
-def _micro_batches(recipe: Recipe, dp_size: int) -> int:
+def _check_batch_size(recipe: Recipe, dp_size: int) -> None:
     training = recipe.training
-    per_pass = training.micro_batch_size * dp_size
-    if training.global_batch_size % per_pass:
+    if training.global_batch_size % (training.micro_batch_size * dp_size):
         raise InputError(
             f"training.global_batch_size: {training.global_batch_size} is no multiple of micro_batch_size x "
             f"data-parallel size = {training.micro_batch_size} x {dp_size}; change one of them"
         )
-    return training.global_batch_size // per_pass
 
 
 def _check_tokenizer(dataset: PreparedDataset, tokenizer: Tokenizer, recipe: Recipe) -> None:

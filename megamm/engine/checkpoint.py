@@ -1,8 +1,9 @@
-"""Saving and loading checkpoints in any parallel layout; committed by manifest, verified before use."""
+"""A run's checkpoints: written while training goes on, committed by manifest."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,113 +14,277 @@ import torch
 import torch.distributed as dist
 
 from megamm.config import ParallelConfig, Recipe
+from megamm.engine import frozen as frozen_weights
 from megamm.engine import groups as process_groups
 from megamm.engine import manifest as manifests
+from megamm.engine.frozen import DIRECTORY as FROZEN
+from megamm.engine.frozen import FrozenFiles, FrozenWeights
 from megamm.engine.groups import Groups
-from megamm.engine.manifest import Manifest, resolve
-from megamm.engine.sharded_files import load_sharded, read_tensors, save_sharded, saved_tensors, write_tensors
+from megamm.engine.loading import (
+    load_newest,
+    load_weights,
+    read_recipe,
+    read_weights,
+    tokenizer_directory,
+)
+from megamm.engine.manifest import FileEntry, Manifest, Progress, resolve
+from megamm.engine.ranks import describe, gather, gather_on_rank_0, on_rank_0
+from megamm.engine.sharded_files import (
+    FileWriter,
+    HostCopies,
+    ShardedSave,
+    WrittenFile,
+    read_index,
+    write_tensors,
+)
+from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
 from megamm.errors import InputError, RunError
-from megamm.recipe import load_recipe, recipe_hash, recipe_to_yaml
+from megamm.recipe import recipe_hash, recipe_to_yaml
 
 __all__ = [
+    "Checkpoints",
     "Progress",
-    "load_newest",
     "load_weights",
     "read_recipe",
     "read_weights",
     "resolve",
-    "save",
     "tokenizer_directory",
     "write_weights",
 ]
 
-# Optimizer state is saved in the model's own shapes, so that any layout can load any other's.
-# ("fully_sharded_model_space", megatron's default, is refused by its own loader in 0.16.)
-_CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
-
-
 _INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
+_POLL_INTERVAL = 0.02  # seconds between looks at the other ranks, while nothing else is to be done
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come."""
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written.
 
-    step: int = 0
-    consumed_samples: int = 0
+    Attributes:
+        saves: by directory, "shards" and, unless its files are links, "frozen".
+        linked: files of frozen weights that an earlier checkpoint has too.
+        weights: the frozen ones.
+        seconds: that training has stood still for it.
+    """
 
-
-def _metadata(groups: Groups) -> dict[str, Any]:
-    return {**_CONTENT, "dp_cp_group": groups.collection.dp_cp}
-
-
-def _state(models: list[Any], optimizer: Any, groups: Groups, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata(groups)
-    state: dict[str, Any] = {}
-    for i, model in enumerate(models):
-        key = f"model{i}" if len(models) > 1 else "model"
-        state[key] = model.sharded_state_dict(metadata=metadata)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
+    progress: Progress
+    temporary: Path
+    saves: dict[str, ShardedSave]
+    writer: FileWriter
+    linked: FrozenFiles | None
+    weights: FrozenWeights
+    started: float
+    seconds: float = 0.0
 
 
-def save(
-    directory: Path,
-    progress: Progress,
-    models: list[Any],
-    optimizer: Any,
-    recipe: Recipe,
-    tokenizer: Callable[[Path], None],
-    groups: Groups,
-) -> Path:
-    """Write one checkpoint (collective). It exists under its name only once it is complete.
+class Checkpoints:
+    """The checkpoints of a run. Every method is called by all ranks together, unless it says otherwise.
 
     Args:
         directory: the run's `checkpoints` directory.
-        progress: step and consumed samples.
         models: unwrapped chunks of this rank.
         optimizer: megatron's, over the wrapped chunks.
-        recipe: stored beside the weights.
+        recipe: stored beside the weights; `checkpoint` and `resume` say how to save and load.
         tokenizer: writes the tokenizer into a directory.
         groups: process groups.
+        report: takes lines for the log; on rank 0.
     """
-    name = manifests.step_directory(progress.step)
-    temporary = directory / f"{_INCOMPLETE}{name}"
 
-    # 1. a fresh directory; what a killed save left behind goes
-    def prepare() -> None:
-        for left in directory.glob(f"{_INCOMPLETE}*"):
+    def __init__(
+        self,
+        directory: Path,
+        models: list[Any],
+        optimizer: Any,
+        recipe: Recipe,
+        tokenizer: Callable[[Path], object],
+        groups: Groups,
+        report: Callable[[str], None],
+    ) -> None:
+        self.directory = directory
+        self.report = report
+        self._models, self._optimizer = models, optimizer
+        self._recipe, self._tokenizer, self._groups = recipe, tokenizer, groups
+        self._pending: _Pending | None = None
+        self._frozen_files: FrozenFiles | None = None  # that the next checkpoint may link
+        self._copies = HostCopies()
+        self._was_validated = False
+        self._link_failure: str | None = None
+
+    def load_newest(self) -> Progress | None:
+        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`."""
+        found = load_newest(
+            self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report
+        )
+        if found is None:
+            return None
+        weights = frozen_weights.find_frozen(model_state(self._models, self._groups))
+        self._frozen_files = frozen_weights.loaded_files(found.path, found.manifest.files, weights)
+        return found.manifest.progress
+
+    # --- saving ---------------------------------------------------------------------------------------
+
+    def save(self, progress: Progress) -> None:
+        """Begin a checkpoint. It exists under its name only once it is complete: at a later `poll`, or when
+        this returns if the recipe wants no asynchronous saving. Ends the one before first.
+
+        Raises:
+            RunError: this or the one before cannot be written.
+        """
+        self.wait()
+        started = time.perf_counter()
+        temporary = self.directory / f"{_INCOMPLETE}{manifests.step_directory(progress.step)}"
+        is_asynchronous = self._recipe.checkpoint.asynchronous
+
+        # 1. a fresh directory; what a killed save left behind goes
+        on_rank_0(partial(self._prepare, temporary), f"{temporary}: cannot be created")
+
+        # 2. who writes what; frozen weights only if no earlier checkpoint of this run has them
+        state = state_to_save(self._models, self._optimizer, self._groups)
+        weights = frozen_weights.find_frozen(state)
+        linked = self._link(weights, temporary)
+        taken = frozen_weights.take_frozen(state, weights)
+        validate = not self._was_validated
+        copies = self._copies if is_asynchronous else None
+        saves = {"shards": ShardedSave(state, temporary / "shards", copies, validate)}
+        if weights.dtypes and linked is None:  # of all ranks: this one may have none
+            # no copies: nothing changes them before they are written
+            saves[FROZEN] = ShardedSave({"model": taken}, temporary / FROZEN, None, validate)
+        self._was_validated = True
+
+        # 3. the small files now, the large ones in threads
+        def write_small() -> None:
+            for save in saves.values():
+                save.directory.mkdir(exist_ok=True)
+            saves["shards"].write_common(dict(CONTENT))
+            _describe(temporary, self._recipe, self._tokenizer)
+
+        on_rank_0(write_small, f"{temporary}: cannot be written")
+        writer = FileWriter([file for save in saves.values() for file in save.files])
+        self._pending = _Pending(progress, temporary, saves, writer, linked, weights, started)
+        self._pending.seconds = time.perf_counter() - started
+        if not is_asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Commit the pending checkpoint if all ranks have written their files; costs nothing without one.
+
+        Raises:
+            RunError: a rank could not write; on every rank.
+        """
+        if self._pending is not None and not self._is_anyone_writing(self._pending):
+            self._commit(self._pending)
+
+    def wait(self) -> None:
+        """Commit the pending checkpoint, waiting for its files.
+
+        Raises:
+            RunError: a rank could not write; on every rank.
+        """
+        started = time.perf_counter()
+        while self._pending is not None:
+            # short collectives: none of them has to last as long as the slowest rank's disk
+            if self._is_anyone_writing(self._pending):
+                time.sleep(_POLL_INTERVAL)
+            else:
+                self._pending.seconds += time.perf_counter() - started
+                self._commit(self._pending)
+
+    def abandon(self) -> None:
+        """Give up the pending checkpoint, on this rank alone: the way out when training has failed."""
+        if self._pending is not None:
+            self._pending.writer.cancel()
+            self._pending = None
+
+    def _prepare(self, temporary: Path) -> None:
+        for left in self.directory.glob(f"{_INCOMPLETE}*"):
             shutil.rmtree(left)
         (temporary / "shards").mkdir(parents=True)
 
-    _on_rank_0(prepare, f"{temporary}: cannot be created")
+    def _link(self, weights: FrozenWeights, temporary: Path) -> FrozenFiles | None:
+        """Take over the files of frozen weights from the checkpoint before, if they are the same."""
+        files = self._frozen_files
+        if files is None or not frozen_weights.hold_the_same(files, weights):
+            return None
+        failure = on_rank_0(lambda: frozen_weights.link(files, temporary), f"{temporary}: cannot be linked")
+        if failure is None:
+            return files
+        if failure != self._link_failure:  # said once where the file system has no hard links
+            self.report(f"the files of frozen weights could not be linked ({failure}) and are written again")
+            self._link_failure = failure
+        return None
 
-    # 2. weights and optimizer state, written by all ranks; recipe and tokenizer
-    save_sharded(_state(models, optimizer, groups, is_loading=False), temporary / "shards", dict(_CONTENT))
-    _on_rank_0(lambda: _describe(temporary, recipe, tokenizer), f"{temporary}: cannot be written")
+    def _is_anyone_writing(self, pending: _Pending) -> bool:
+        """Whether a rank still writes; if one has failed, all give up.
 
-    # 3. the manifest, and with it the name
-    hashes = _hash_shared_out(temporary)
-    manifest = Manifest(
-        step=progress.step,
-        consumed_samples=progress.consumed_samples,
-        layout={"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
-        recipe_sha256=recipe_hash(recipe),
-        has_optimizer=True,
-        files={key: entry for part in hashes for key, entry in part.items()},
-    )
+        Raises:
+            RunError: on every rank.
+        """
+        flags = torch.tensor(
+            [pending.writer.is_running, pending.writer.error is not None],
+            dtype=torch.int32,
+            device=self._groups.device,
+        )
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        is_running, has_failed = (bool(flag) for flag in flags.tolist())
+        if has_failed:
+            self._give_up(pending)
+        return is_running
 
-    def commit() -> None:
-        manifests.commit(temporary, directory / name, manifest)
-        manifests.remove_old(directory, recipe.checkpoint.keep)
+    def _give_up(self, pending: _Pending) -> None:
+        error = pending.writer.error
+        self.abandon()
+        errors = [text for text in gather(describe(error) if error else None) if text]
+        if dist.get_rank() == 0:
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+        raise RunError(
+            f"{pending.temporary}: cannot be written ({errors[0]}); free space or fix the permissions"
+        )
 
-    _on_rank_0(commit, f"{directory / name}: cannot be committed")
-    return directory / name
+    def _commit(self, pending: _Pending) -> None:
+        """The index of the files, the manifest, and with it the name; old checkpoints go."""
+        started = time.perf_counter()
+        self._pending = None
+        written = gather_on_rank_0(pending.writer.results())
+        final = self.directory / manifests.step_directory(pending.progress.step)
+
+        def commit() -> dict[str, FileEntry]:
+            assert written is not None
+            manifest = self._complete(pending, [file for part in written for file in part])
+            manifests.commit(pending.temporary, final, manifest)
+            manifests.remove_old(self.directory, self._recipe.checkpoint.keep)
+            return {name: entry for name, entry in manifest.files.items() if name.startswith(f"{FROZEN}/")}
+
+        files = on_rank_0(commit, f"{final}: cannot be committed")
+        self._frozen_files = FrozenFiles(final, files, pending.weights) if files else None
+        now = time.perf_counter()
+        pending.seconds += now - started
+        self.report(
+            f"saved {final} in {now - pending.started:.1f} s, for {pending.seconds:.1f} s of which training "
+            "stood still"
+        )
+
+    def _complete(self, pending: _Pending, written: list[WrittenFile]) -> Manifest:
+        """Write the indices, and describe every file (rank 0 alone)."""
+        temporary, groups = pending.temporary, self._groups
+        results = {
+            name: [result for file in written if file.path.parent.name == name for result in file.results]
+            for name in pending.saves
+        }
+        referenced = {}
+        if FROZEN in pending.saves:
+            referenced[f"../{FROZEN}"] = pending.saves[FROZEN].complete(results[FROZEN])
+        elif pending.linked is not None:
+            referenced[f"../{FROZEN}"] = read_index(temporary / FROZEN)
+        pending.saves["shards"].complete(results["shards"], referenced)
+        hashed = {file.path.relative_to(temporary).as_posix(): file.entry for file in written}
+        return Manifest(
+            step=pending.progress.step,
+            consumed_samples=pending.progress.consumed_samples,
+            layout={"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
+            recipe_sha256=recipe_hash(self._recipe),
+            has_optimizer=True,
+            files=_all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
+        )
 
 
 def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], object] | None) -> None:
@@ -128,169 +293,10 @@ def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], objec
         tokenizer(directory / "tokenizer")
 
 
-def _hash_shared_out(directory: Path) -> list[dict[str, manifests.FileEntry]]:
-    """Every rank hashes its share of the files; all know all hashes."""
-    names = manifests.files_below(directory)[dist.get_rank() :: dist.get_world_size()]
-    return _gather({name: manifests.hash_file(directory / name) for name in names})
-
-
-def _gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _on_rank_0(action: Callable[[], None], failure: str) -> None:
-    """Run `action` on rank 0; if it fails, every rank raises the same error instead of waiting."""
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as os_error:
-            error = f"{failure} ({os_error.strerror or os_error}); free space or fix the permissions"
-    errors = [e for e in _gather(error) if e]
-    if errors:
-        raise RunError(errors[0])
-
-
-# --- loading ------------------------------------------------------------------------------------------
-
-
-def load_newest(
-    directory: Path,
-    models: list[Any],
-    optimizer: Any,
-    recipe: Recipe,
-    groups: Groups,
-    report: Callable[[str], None],
-) -> Progress | None:
-    """Load the newest checkpoint whose every byte is as it was written (collective).
-
-    Args:
-        directory: the run's `checkpoints` directory.
-        models, optimizer, groups: as for `save`; filled in place.
-        recipe: `resume.strict` stops at a damaged checkpoint instead of falling back to an older one; a
-            recipe other than the checkpoint's is reported.
-        report: takes one line per damaged checkpoint.
-    Returns:
-        How far the run had come; None if there is no checkpoint at all.
-    Raises:
-        InputError: checkpoints exist, but none is good (never silently starts from step 0).
-    """
-    candidates = _gather(manifests.list_checkpoints(directory))[0]  # rank 0's view decides
-    damage: list[str] = []
-    for checkpoint in candidates:
-        try:
-            manifest = _verify_shared_out(checkpoint)
-        except InputError as error:
-            if recipe.resume.strict:
-                raise
-            damage.append(str(error))
-            report(f"checkpoint passed over: {error}")
-            continue
-        if not manifest.has_optimizer:
-            raise InputError(
-                f"{checkpoint}: holds weights without optimizer state, so no run can go on from it; name it "
-                "in training.init_from and take another run_dir"
-            )
-        if manifest.recipe_sha256 != recipe_hash(recipe):
-            report(f"the recipe is not the one that {checkpoint.name} was saved with, see its recipe.yaml")
-        _load_into(checkpoint, models, optimizer, groups)
-        return Progress(manifest.step, manifest.consumed_samples)
-    if candidates:
-        raise InputError(
-            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
-            "with another run_dir"
-        )
-    return None
-
-
-def _verify_shared_out(checkpoint: Path) -> Manifest:
-    """`manifests.verify` with the hashing dealt out over the ranks; all ranks come to the same verdict."""
-    try:
-        manifest: Manifest | None = manifests.read_manifest(checkpoint)
-        names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()] if manifest else []
-        damage = manifests.find_damage(checkpoint, names, manifest.files) if manifest else []
-    except InputError as error:
-        manifest, damage = None, [str(error)]
-    everywhere = [phrase for part in _gather(damage) for phrase in part]
-    if everywhere or manifest is None:
-        raise InputError(
-            "; ".join(dict.fromkeys(everywhere)) + "; use another checkpoint or restore the file"
-        )
-    return manifest
-
-
-def _load_into(checkpoint: Path, models: list[Any], optimizer: Any, groups: Groups) -> None:
-    state = load_sharded(_state(models, optimizer, groups, is_loading=True), checkpoint / "shards")
-    _load_models(models, state)
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-
-
-def _load_models(models: list[Any], state: dict[str, Any], strict: bool = True) -> None:
-    for i, model in enumerate(models):
-        key = f"model{i}" if len(models) > 1 else "model"
-        model.load_state_dict(state.get(key, {}), strict=strict)
-
-
-def load_weights(
-    checkpoint: Path, models: list[Any], groups: Groups, part_of: Callable[[str], str]
-) -> list[str]:
-    """Load only the weights, verified first; parts that the checkpoint lacks altogether keep theirs.
-
-    Args:
-        checkpoint: a committed checkpoint, of any layout.
-        models: unwrapped chunks, filled in place.
-        groups: process groups.
-        part_of: the part of the model a parameter belongs to.
-    Returns:
-        The parts that the checkpoint does not have.
-    Raises:
-        InputError: the checkpoint is damaged, or has only some of the tensors of a part.
-    """
-    _verify_shared_out(checkpoint)
-    saved = saved_tensors(checkpoint / "shards")
-    state = _state(models, None, groups, is_loading=True)
-    wanted: set[str] = set()
-    for chunk in state.values():
-        keys = {name: getattr(entry, "key", name) for name, entry in chunk.items()}
-        wanted |= {key for key in keys.values() if not key.endswith("_extra_state")}
-        for name, key in keys.items():
-            if key not in saved:
-                del chunk[name]
-    # all ranks together hold the whole model, and so come to the same verdict
-    everywhere = {key for part in _gather(wanted) for key in part}
-    missing = {part_of(key) for key in everywhere - saved.keys()}
-    present = {part_of(key) for key in everywhere & saved.keys()}
-    unknown = {key for key in saved.keys() - everywhere if part_of(key) in present}
-    if missing & present or unknown:
-        names = sorted(unknown | {key for key in everywhere - saved.keys() if part_of(key) in present})
-        raise InputError(
-            f"{checkpoint}: holds another model than the recipe's model section describes ({len(names)} "
-            f"weights differ, among them {names[0]}); give a checkpoint of that model"
-        )
-    _load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
-    return sorted(missing)
-
-
-# --- one process, no training -------------------------------------------------------------------------
-
-
-def read_recipe(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint was made with."""
-    return load_recipe(checkpoint / "recipe.yaml")
-
-
-def tokenizer_directory(checkpoint: Path) -> Path:
-    """Where a checkpoint keeps its tokenizer."""
-    return checkpoint / "tokenizer"
-
-
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All weights as whole tensors by name; verified first; needs no process group."""
-    manifests.verify(checkpoint)
-    return read_tensors(checkpoint / "shards")
+def _all_files(directory: Path, hashed: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    """Size and hash of every file below `directory`; only those not yet `hashed` are read."""
+    names = manifests.files_below(directory)
+    return {name: hashed.get(name) or manifests.hash_file(directory / name) for name in names}
 
 
 def write_weights(
@@ -313,10 +319,11 @@ def write_weights(
     temporary = out.parent / f"{_INCOMPLETE}{out.name}"
     try:
         (temporary / "shards").mkdir(parents=True)
-        write_tensors(tensors, temporary / "shards")
+        written = write_tensors(tensors, temporary / "shards")
         _describe(temporary, recipe, partial(shutil.copytree, tokenizer) if tokenizer else None)
-        files = {name: manifests.hash_file(temporary / name) for name in manifests.files_below(temporary)}
-        manifest = Manifest(0, 0, {"tensor": 1, "pipeline": 1, "data": 1}, recipe_hash(recipe), False, files)
+        hashed = {path.relative_to(temporary).as_posix(): entry for path, entry in written.items()}
+        layout = {"tensor": 1, "pipeline": 1, "data": 1}
+        manifest = Manifest(0, 0, layout, recipe_hash(recipe), False, _all_files(temporary, hashed))
         manifests.commit(temporary, out, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -88,12 +88,13 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its `device` argument mapped to the CPU."""
+    """`function` with its `device` argument mapped to the CPU, where no memory is pinned."""
 
     @functools.wraps(function)
     def mapped(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _to_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return mapped

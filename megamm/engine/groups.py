@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +71,12 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
         InputError: the world is not a multiple of tensor x pipeline.
     """
     world = world_size()
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world % model_size:
         raise InputError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
-            f"{model_size} processes, but {world} were started; start more (torchrun --nproc-per-node "
-            f"{model_size}) or lower the layout"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} "
+            f"needs a multiple of {model_size} processes, but {world} were started; start more (torchrun "
+            f"--nproc-per-node {model_size}) or lower the layout"
         )
     # tensor-parallel overlap relies on kernels starting in the order they are queued
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -86,9 +88,36 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
         return _reuse(parallel, device)
+    _build(parallel)
+    return current(device)
+
+
+@contextmanager
+def fake_world(parallel: ParallelConfig, world: int, rank: int) -> Iterator[Groups]:
+    """The groups of process `rank` among `world` that do not exist, to build its part of a model on the meta
+    device (`with torch.device("meta")`): no environment is read, nothing is sent or received.
+
+    Raises:
+        RuntimeError: this process is part of a real world (or of another fake one).
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("process groups exist; a fake world needs a process without (groups.shutdown())")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        _build(parallel)
+        yield current(torch.device("meta"))
+    finally:
+        shutdown()
+
+
+def _build(parallel: ParallelConfig) -> None:
+    """megatron-core's model-parallel groups in the world that was joined."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
@@ -97,13 +126,13 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(0)
-    return current(device)
 
 
 def _reuse(parallel: ParallelConfig, device: torch.device) -> Groups:
     """The existing groups, if they are the ones asked for (loading two models in one process, say)."""
     groups = current(device)
-    if (groups.tp_size, groups.pp_size) != (parallel.tensor, parallel.pipeline):
+    sizes = (groups.tp_size, groups.pp_size, groups.collection.cp.size())
+    if sizes != (parallel.tensor, parallel.pipeline, parallel.context):
         raise RuntimeError("process groups exist with another layout; call groups.shutdown() first")
     return groups
 

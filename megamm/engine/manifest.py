@@ -3,7 +3,10 @@
 The manifest is written last, into a temporary directory that is then renamed: a directory without a
 valid manifest was never committed. Layout of a run:
 
-    RUN_DIR/checkpoints/step_00000100/{manifest.json, recipe.yaml, tokenizer/, shards/}
+    RUN_DIR/checkpoints/step_00000100/{manifest.json, recipe.yaml, tokenizer/, shards/, frozen/}
+
+`frozen/` holds the weights that the run does not train, if there are any; its files are hard links to those
+of the checkpoint before.
 """
 
 from __future__ import annotations
@@ -23,6 +26,14 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 _HASH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage has come."""
+
+    step: int = 0
+    consumed_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,11 @@ class Manifest:
     has_optimizer: bool
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def progress(self) -> Progress:
+        """Where training goes on."""
+        return Progress(self.step, self.consumed_samples)
 
     def to_json(self) -> str:
         content = asdict(self)

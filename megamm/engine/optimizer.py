@@ -14,13 +14,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamm.config import OptimizerConfig, Recipe
 from megamm.engine import adam
+from megamm.engine.gradient_flow import connect_chunks
 from megamm.engine.groups import Groups
 
 
 def wrap_data_parallel(
     models: list[torch.nn.Module], recipe: Recipe, groups: Groups
 ) -> list[DistributedDataParallel]:
-    """The chunks with fp32 gradient buffers for their trainable parameters, reduced over data parallelism."""
+    """The chunks with fp32 gradient buffers for their trainable parameters, reduced over data parallelism
+    (collective: the chunks of a pipeline learn from each other which gradients they have to pass on)."""
+    connect_chunks(models, groups)  # type: ignore[arg-type]
     config = models[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.parallel.distributed_optimizer

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megamm.batch import IGNORE_INDEX, Batch
+from megamm.engine.gradient_flow import communicator
 from megamm.engine.groups import Groups
 
 
@@ -18,7 +19,6 @@ def forward_backward(
     models: list[torch.nn.Module],
     batches: list[Batch],
     groups: Groups,
-    sequence_length: int,
     forward_only: bool = False,
 ) -> float:
     """Run the micro-batches of a step; gradients are left in the models' gradient buffers, reduced over
@@ -28,30 +28,38 @@ def forward_backward(
         models: this rank's chunks, wrapped for data parallelism.
         batches: the micro-batches of this data-parallel rank.
         groups: process groups.
-        sequence_length: S of every batch.
         forward_only: no backward pass.
     Returns:
         Mean cross entropy per token that carries loss, over the whole data-parallel group.
     """
     iterators: Any = [iter(batches) for _ in models]
-    unwrapped: Any = models[0].module
-    rows = unwrapped.pipeline_rows() if groups.pp_size > 1 else 0
+    unwrapped: Any = [model.module for model in models]
+    micro_batch_size, sequence_length = batches[0].input_ids.shape
+    between_stages = {}
+    if groups.pp_size > 1:
+        # the tensor between pipeline stages holds the media tokens behind the sequence
+        sequence_length += unwrapped[0].pipeline_rows()
+        between_stages = {
+            "p2p_communicator": communicator(unwrapped, groups, len(batches)),
+            "pg_collection": groups.collection,
+        }
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=models if len(models) > 1 else models[0],
         num_microbatches=len(batches),
-        # the tensor between pipeline stages holds the media tokens behind the sequence
-        seq_length=sequence_length + rows,
-        micro_batch_size=batches[0].input_ids.shape[0],
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
+        **between_stages,
     )
     return _reduce_loss(results, groups)
 
 
 def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    return model(batch), partial(_loss, batch.labels)
+    unwrapped: Any = model.module
+    return model(batch), partial(_loss, unwrapped.own_labels(batch))
 
 
 def _loss(labels: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

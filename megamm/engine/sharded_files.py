@@ -1,31 +1,205 @@
-"""Distributed checkpoint files (torch_dist format) through megatron-core, written without extra processes.
+"""Distributed checkpoint files (torch_dist format): megatron-core's names and layout, written by threads.
 
-megatron's writer starts a multiprocessing Manager and forks a process per file, also for synchronous
-saves: seconds per save, and an orphan when a rank is killed. Threads write the same bytes.
+Writing has three parts, so that training can go on during the second:
+1. `ShardedSave(...)`: the ranks agree on who writes what, and copy what they write (collective);
+2. `FileWriter`: threads of this rank write and hash its files (no communication);
+3. `ShardedSave.complete`: rank 0 writes the directory's index, once all ranks are done.
+
+megatron's own writer starts a multiprocessing Manager and forks a process per file: seconds per save, and
+an orphan when a rank is killed. Threads write the same bytes.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import io
+import os
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
+from torch.distributed.checkpoint.filesystem import (
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.cpu import replace_symbol
+from megamm.engine.manifest import FileEntry, hash_file
+from megamm.engine.ranks import gather_on_rank_0
 from megamm.errors import InputError
 
+_THREADS = 2  # files per rank and directory
 
-def save_sharded(state: dict[str, Any], directory: Path, content_metadata: dict[str, Any]) -> None:
-    """Write a sharded state dict (collective over all ranks); `directory` must exist and be empty."""
-    _write_in_threads()
-    dist_checkpointing.save(state, str(directory), content_metadata=content_metadata)
+
+@dataclass
+class PlannedFile:
+    """One file of this rank, and what goes into it.
+
+    Attributes:
+        items: megatron's description of each item, and its value on the host.
+    """
+
+    path: Path
+    items: list[tuple[WriteItem, torch.Tensor | io.BytesIO]]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One file on the disk.
+
+    Attributes:
+        results: where in the file each item lies.
+        entry: size and hash.
+    """
+
+    path: Path
+    results: list[WriteResult]
+    entry: FileEntry
+
+
+class ShardedSave:
+    """A sharded state dict on its way into a directory (collective over all ranks).
+
+    Args:
+        state: changed on the way.
+        directory: does not have to exist before the files are written.
+        copies: where to put copies of all tensors, because training will change them before they are
+            written; None: the tensors stay as they are until then.
+        validate: check first that the ranks' shards make up whole tensors.
+    Attributes:
+        files: of this rank, to be written.
+        common: what is the same on all ranks, and lies in no shard.
+    """
+
+    def __init__(
+        self, state: dict[str, Any], directory: Path, copies: HostCopies | None, validate: bool = True
+    ) -> None:
+        self.directory = directory
+        sharded, self.common = save_preprocess(state, validate)
+        flat = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)[0]
+        planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(torch_dist.mcore_to_pyt_state_dict(flat), is_coordinator=dist.get_rank() == 0)
+        plan = planner.create_local_plan()
+        plans = gather_on_rank_0(plan)
+        self._metadata: Metadata | None = planner.create_global_plan(plans)[1] if plans is not None else None
+        self.files: list[PlannedFile] = []
+        for number, items in enumerate(_split_by_size_and_type(_THREADS, plan.items)):
+            if items:
+                values = [(item, _on_host(item, planner.resolve_data(item), copies)) for item in items]
+                self.files.append(PlannedFile(directory / f"__{dist.get_rank()}_{number}.distcp", values))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies were only started
+
+    def complete(self, results: list[WriteResult], referenced: dict[str, Metadata] | None = None) -> Metadata:
+        """Write the index (rank 0 alone, after all files of all ranks).
+
+        Args:
+            results: of all ranks.
+            referenced: indices of other directories, by their path seen from this one, whose tensors are
+                to be found through this index too.
+        Returns:
+            The index.
+        """
+        assert self._metadata is not None
+        for path, other in (referenced or {}).items():
+            self._metadata.state_dict_metadata.update(other.state_dict_metadata)
+            for index, info in other.storage_data.items():
+                moved = replace(info, relative_path=f"{path}/{info.relative_path}")
+                results = [*results, WriteResult(index, info.length, moved)]
+        dcp.FileSystemWriter(self.directory).finish(self._metadata, [results])
+        return self._metadata
+
+    def write_common(self, content_metadata: dict[str, Any]) -> None:
+        """Write what makes the directory one that megatron-core loads by itself (rank 0 alone)."""
+        torch.save({**self.common, "content_metadata": content_metadata}, self.directory / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept from one save to the next: fresh pages cost several
+    times more than copying into old ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, torch.Tensor] = {}
+
+    def copy(self, key: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """Start a copy, which replaces the last one of the same key."""
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._kept[key] = kept
+        return kept.copy_(tensor, non_blocking=True)
+
+
+def _on_host(item: WriteItem, value: Any, copies: HostCopies | None) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    return copies.copy(item.index, value) if copies else value.to("cpu", non_blocking=True)
+
+
+class FileWriter:
+    """Threads that write and hash this rank's files."""
+
+    def __init__(self, files: list[PlannedFile]) -> None:
+        self._cancelled = Event()
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
+        self._futures: list[Future[WrittenFile]] = [pool.submit(self._write, file) for file in files]
+        pool.shutdown(wait=False)  # the threads end with the last file
+
+    @property
+    def is_running(self) -> bool:
+        return not all(future.done() for future in self._futures)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the first file that could not be written, so far."""
+        errors = (future.exception() for future in self._futures if future.done())
+        return next((error for error in errors if error is not None), None)
+
+    def results(self) -> list[WrittenFile]:
+        """The files; waits for them, and raises what stopped one."""
+        return [future.result() for future in self._futures]
+
+    def cancel(self) -> None:
+        """End the threads at their next tensor, and wait for that; the files are then worth nothing."""
+        self._cancelled.set()
+        for future in self._futures:
+            future.exception()
+
+    def _write(self, file: PlannedFile) -> WrittenFile:
+        results, transforms = [], _StorageWriterTransforms()
+        with file.path.open("wb") as stream:
+            while file.items:
+                if self._cancelled.is_set():
+                    raise CancelledError
+                item, value = file.items.pop(0)  # its memory is free once it is written
+                results.append(_write_value(stream, transforms, item, value, file.path.name))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return WrittenFile(file.path, results, hash_file(file.path))
+
+
+def _write_value(stream: Any, transforms: Any, item: WriteItem, value: Any, key: str) -> WriteResult:
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()  # torch.save writes the whole storage that a tensor is a view of
+    return _write_item(transforms, stream, value, item, key, SerializationFormat.TORCH_SAVE)
+
+
+# --- reading ------------------------------------------------------------------------------------------
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -50,14 +224,24 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def saved_tensors(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> (shape, dtype) of the model's tensors in the files (optimizer state left out)."""
-    metadata = dcp.FileSystemReader(str(directory)).read_metadata()
+def read_index(directory: Path) -> Metadata:
+    """The index of a directory of sharded files."""
+    return dcp.FileSystemReader(str(directory)).read_metadata()
+
+
+def tensors_of(index: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the tensors in a directory, optimizer state included."""
     return {
         name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
+
+
+def saved_tensors(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the model's tensors in the files (optimizer state left out)."""
+    found = tensors_of(read_index(directory))
+    return {name: value for name, value in found.items() if not name.startswith("optimizer.")}
 
 
 def read_tensors(directory: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -70,40 +254,15 @@ def read_tensors(directory: Path, names: list[str] | None = None) -> dict[str, t
     return wanted
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write whole tensors so that every layout can load them; needs a process group of one."""
+def write_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> dict[Path, FileEntry]:
+    """Write whole tensors so that every layout can load them; needs a process group of one.
+
+    Returns:
+        Size and hash of the files that hold them.
+    """
     state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
-    save_sharded({"model": state}, directory, content_metadata={})
-
-
-def _write_in_threads() -> None:
-    replace_symbol(filesystem_async, "_get_write_results_queue", queue.Queue)
-    writer = filesystem_async.FileSystemWriterAsync
-    replace_symbol(writer, "write_preloaded_data_multiproc", staticmethod(_write_buckets))
-
-
-def _write_buckets(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
-) -> None:
-    """Write each bucket (one file) in a thread; same contract as the method it replaces."""
-    written: queue.Queue[Any] = queue.Queue()
-    threads = []
-    for i, bucket in enumerate(buckets):
-        pending: queue.Queue[Any] = queue.Queue()
-        pending.put(i)  # the writer takes it out to say that it is done
-        arguments = {
-            "local_proc_idx": i,
-            "write_bucket": bucket,
-            "results_queue": written,
-            "count_queue": pending,
-            "use_fsync": True,
-        }
-        write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-        threads.append(threading.Thread(target=write, args=(transforms,), kwargs=arguments))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    outcome = dict(written.get() for _ in buckets)
-    failed = next((value for value in outcome.values() if isinstance(value, Exception)), None)
-    results.put(failed or outcome)
+    save = ShardedSave({"model": state}, directory, copies=None)
+    written = FileWriter(save.files).results()
+    save.write_common({})
+    save.complete([result for file in written for result in file.results])
+    return {file.path: file.entry for file in written}

@@ -21,11 +21,13 @@ class DecoderConfig(TransformerConfig):
             only one switch for the biases of all linears.
         gated_cross_attention: geometry of the blocks, or None for a plain decoder.
         media_width: width of the media tokens they attend to.
+        recomputed_layers: of each pipeline chunk, how many layers are recomputed in the backward pass.
     """
 
     attention_out_bias: bool = False
     gated_cross_attention: Optional[CrossAttentionConfig] = None
     media_width: int = 0
+    recomputed_layers: int = 0
 
 
 def decoder_config(recipe: Recipe) -> DecoderConfig:
@@ -60,12 +62,17 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
         init_method=_leave_empty,
         output_layer_init_method=_leave_empty,
         embedding_init_method=_leave_empty,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # megatron's other way takes CUDA memory by name, also where the default device is "meta" (a dry run)
+        use_cpu_initialization=not torch.cuda.is_available() or torch.get_default_device().type == "meta",
         # Every layer has its own keys in a checkpoint: layers differ (cross-attention every n-th).
         hetereogenous_dist_checkpoint=True,
         gated_cross_attention=cross,
+        # Has megatron sum the gradients of q_layernorm and k_layernorm, which see only the heads of their
+        # rank, over the tensor-parallel ranks. (The decoder's own attention gets no such norms from this.)
+        qk_layernorm=recipe.model.connector.qk_norm or (cross is not None and cross.qk_norm),
         media_width=recipe.model.vision.width if cross else 0,
         **_fusions(),
+        **_recompute(recipe),
         **_parallel(recipe),
     )
 
@@ -86,6 +93,17 @@ def _fusions() -> dict[str, Any]:
     }
 
 
+def _recompute(recipe: Recipe) -> dict[str, Any]:
+    """Selective recomputation is megatron's; that of whole layers is layers.decoder's."""
+    settings = recipe.training.recompute
+    if settings.language == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(settings.modules)}
+    if settings.language == "full":
+        layers = recipe.model.language.num_layers
+        return {"recomputed_layers": layers if settings.layers is None else settings.layers}
+    return {}
+
+
 def _parallel(recipe: Recipe) -> dict[str, Any]:
     parallel = recipe.parallel
     interleaved = (parallel.virtual_pipeline or 1) > 1
@@ -93,7 +111,10 @@ def _parallel(recipe: Recipe) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "pipeline_model_parallel_layout": parallel.pipeline_layout,
         "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.context,
+        "cp_comm_type": "p2p" if parallel.context > 1 else None,  # how Transformer Engine does it
         # With two stages the previous and the next rank are the same process, and megatron's batched
         # p2p swaps forward and backward messages: silently wrong gradients. Overlapped p2p does not.
         "overlap_p2p_comm": interleaved,

@@ -18,7 +18,8 @@ from megamm.data.tokenizer import Tokenizer
 from megamm.device import choose_backend, distributed_backend, pick_device
 from megamm.engine import checkpoint, groups
 from megamm.errors import InputError
-from megamm.models.vlm import VisionLanguageModel, build_model, part_of
+from megamm.models.freezing import part_of
+from megamm.models.vlm import VisionLanguageModel, build_model
 
 
 def load(path: str | Path, device: str = "auto") -> Model:

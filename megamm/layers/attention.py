@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
+from megamm.layers.context import context_chunks, context_gather
 from megamm.layers.module import MegatronModule
 
 
@@ -31,8 +32,7 @@ class SDPACoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config)
-        if config.context_parallel_size > 1:
-            raise ValueError("SDPACoreAttention has no context parallelism; use the 'te' backend for it")
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.window = config.window_size[0] if config.window_size else None
@@ -50,14 +50,40 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention of [S, B, heads, d] queries over [S_kv, B, kv_heads, d] keys and values.
 
-        `attention_mask` follows megatron: True is masked out. Returns [S, B, heads * d].
+        `attention_mask` follows megatron: True is masked out. `packed_seq_params` (layers.documents) cuts
+        the sequence into documents that attend to themselves alone. Returns [S, B, heads * d].
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError(
-                "SDPACoreAttention takes neither packed sequences nor an attention bias"
-            )
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if attention_bias is not None:
+            raise NotImplementedError("SDPACoreAttention takes no attention bias")
         mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is not None:
+            # one causal call per document: the work is that of the documents, and no mask is made
+            parts = [x.split(packed_seq_params.lengths) for x in (query, key, value)]
+            return torch.cat([self._attend(q, k, v, None, mask_type) for q, k, v in zip(*parts, strict=True)])
+        if self.context_group is not None:
+            return self._over_contexts(query, key, value, mask_type)
+        return self._attend(query, key, value, attention_mask, mask_type)
+
+    def _over_contexts(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_type: AttnMaskType
+    ) -> torch.Tensor:
+        """Causal attention of this rank's two chunks of the sequence to all that lies before them."""
+        key, value = context_gather(key, self.context_group), context_gather(value, self.context_group)
+        outputs = []
+        for chunk, queries in zip(context_chunks(self.context_group), query.chunk(2), strict=True):
+            end = (chunk + 1) * len(queries)
+            outputs.append(self._attend(queries, key[:end], value[:end], None, mask_type))
+        return torch.cat(outputs)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
+        mask_type: AttnMaskType,
+    ) -> torch.Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_causal, mask = self._mask(q.shape[2], k.shape[2], mask_type, attention_mask, q.device)
         out = F.scaled_dot_product_attention(
             q,

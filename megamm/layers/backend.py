@@ -40,16 +40,16 @@ def backend_by_name(name: str) -> BackendSpecProvider:
 
 
 def column_parallel(
-    backend: BackendSpecProvider, config: Any, in_size: int, out_size: int, tp_group: Any
+    backend: BackendSpecProvider, config: Any, in_size: int, out_size: int, tp_group: Any, bias: bool = False
 ) -> nn.Module:
-    """A bias-free linear whose output features are sharded over the tensor-parallel group."""
+    """A linear whose output features, bias included, are sharded over the tensor-parallel group."""
     return backend.column_parallel_linear()(
         in_size,
         out_size,
         config=config,
         init_method=config.init_method,
         gather_output=False,
-        bias=False,
+        bias=bias,
         skip_bias_add=False,
         is_expert=False,
         tp_group=tp_group,
@@ -57,15 +57,15 @@ def column_parallel(
 
 
 def row_parallel(
-    backend: BackendSpecProvider, config: Any, in_size: int, out_size: int, tp_group: Any
+    backend: BackendSpecProvider, config: Any, in_size: int, out_size: int, tp_group: Any, bias: bool = False
 ) -> nn.Module:
-    """A bias-free linear whose input features are sharded; sums over the tensor-parallel group."""
+    """A linear whose input features are sharded; sums over the tensor-parallel group, then adds the bias."""
     return backend.row_parallel_linear()(
         in_size,
         out_size,
         config=config,
         init_method=config.output_layer_init_method,
-        bias=False,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
         is_expert=False,

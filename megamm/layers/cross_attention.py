@@ -1,27 +1,52 @@
-"""Attention from one sequence to another and Flamingo's tanh-gated block, tensor-parallel over heads.
+"""Attention from one sequence to another and the tanh-gated blocks, tensor-parallel over heads.
 
 Shapes follow megatron: sequence first. S text positions, M media tokens, B samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import nn
 
 from megamm.config import CrossAttentionConfig
 from megamm.layers.backend import column_parallel, row_parallel
 from megamm.layers.module import MegatronModule
-from megamm.layers.norms import LayerNorm, mark_sequence_parallel
+from megamm.layers.norms import LayerNorm, RMSNorm, mark_sequence_parallel
+
+
+@dataclass(frozen=True)
+class MediaMask:
+    """Who attends to which media, for all gated blocks of a micro-batch.
+
+    Attributes:
+        attend: [B, 1, S, M] bool, True where a position attends to a media token.
+        keep_block: [S, B, 1] bool, False at the positions of samples (documents of packed rows) without any
+            image; a shard under sequence parallelism. None where the geometry does not ask.
+    """
+
+    attend: torch.Tensor
+    keep_block: Optional[torch.Tensor] = None
 
 
 class MultiHeadAttention(MegatronModule):
-    """Queries from one sequence, keys and values from another; heads sharded, no biases.
+    """Queries from one sequence, keys and values from another; heads sharded.
 
     Under sequence parallelism both inputs are shards of their sequences: the column-parallel linears
     gather them, the row-parallel one scatters the result.
+
+    Args:
+        bias: whether the linears have biases.
+        head_norm: makes a norm over the features of a head, one for all queries and one for all keys.
+            Each rank sees the norms act on its own heads only, so their gradients must be summed over the
+            ranks: megatron's finalize_model_grads does so for the names `q_layernorm` and `k_layernorm`
+            when config.qk_layernorm is set (engine.transformer_config).
     """
 
     def __init__(
@@ -33,16 +58,20 @@ class MultiHeadAttention(MegatronModule):
         num_heads: int,
         head_dim: int,
         tp_group: Any,
+        bias: bool = False,
+        head_norm: Optional[Callable[[], nn.Module]] = None,
     ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
         self.head_dim = head_dim
         self.num_local_heads = num_heads // tp_group.size()
         inner = num_heads * head_dim
-        self.to_q = column_parallel(backend, config, query_size, inner, tp_group)
+        self.to_q = column_parallel(backend, config, query_size, inner, tp_group, bias)
         # rows are grouped by head (its keys, then its values), so that a shard holds whole heads
-        self.to_kv = column_parallel(backend, config, context_size, 2 * inner, tp_group)
-        self.to_out = row_parallel(backend, config, inner, query_size, tp_group)
+        self.to_kv = column_parallel(backend, config, context_size, 2 * inner, tp_group, bias)
+        self.to_out = row_parallel(backend, config, inner, query_size, tp_group, bias)
+        self.q_layernorm = head_norm() if head_norm else nn.Identity()
+        self.k_layernorm = head_norm() if head_norm else nn.Identity()
 
     def forward(
         self,
@@ -55,12 +84,13 @@ class MultiHeadAttention(MegatronModule):
 
         Args:
             mask: [B, 1, S, M] bool, True where attention is allowed; None allows all.
-            keep: [S, B, 1]; 0 zeroes the attention output of a position exactly.
+            keep: [S, B, 1]; 0 zeroes the attention output of a position exactly (without biases).
         """
         q, _ = self.to_q(x)
         kv, _ = self.to_kv(context)
-        q = self._split_heads(q, self.head_dim)
+        q = self.q_layernorm(self._split_heads(q, self.head_dim))
         k, v = self._split_heads(kv, 2 * self.head_dim).chunk(2, dim=-1)
+        k = self.k_layernorm(k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.permute(2, 0, 1, 3).flatten(2)  # [S, B, local heads * head_dim]
         if keep is not None:
@@ -74,24 +104,86 @@ class MultiHeadAttention(MegatronModule):
 
 
 class FeedForward(MegatronModule):
-    """Linear, GELU, Linear without biases, sharded over the inner features."""
+    """Linear, activation, Linear; sharded over the inner features."""
 
-    def __init__(self, config: Any, backend: Any, size: int, multiple: int, tp_group: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        backend: Any,
+        size: int,
+        multiple: int,
+        tp_group: Any,
+        bias: bool = False,
+        activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
+    ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
-        self.linear_1 = column_parallel(backend, config, size, multiple * size, tp_group)
-        self.linear_2 = row_parallel(backend, config, multiple * size, size, tp_group)
+        self.activation = activation
+        self.linear_1 = column_parallel(backend, config, size, multiple * size, tp_group, bias)
+        self.linear_2 = row_parallel(backend, config, multiple * size, size, tp_group, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden, _ = self.linear_1(x)
-        out, _ = self.linear_2(F.gelu(hidden))
+        out, _ = self.linear_2(self.activation(hidden))
         return out
 
 
-class GatedCrossAttention(MegatronModule):
-    """x + tanh(a) Attn(LN(x), media), then x + tanh(f) FF(LN(x)); both gates start at 0.
+class SwiGLU(MLP):
+    """The language model's feed-forward, bias-free: down(silu(gate(x)) * up(x)).
 
-    Flamingo (Alayrac et al. 2022), section 2.2 and figure 4; geometry of OpenFlamingo and InfiMM.
+    megatron's MLP, whose one sharded linear for gate and up gathers the sequence once instead of twice.
+    """
+
+    def __init__(self, config: Any, backend: Any, tp_group: Any) -> None:
+        linears = MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        )
+        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        out, _ = super().forward(x)
+        return out
+
+
+Parts = tuple[Callable[[], nn.Module], nn.Module, nn.Module]  # norm, attention, feed-forward
+
+
+def _flamingo(
+    config: Any, backend: Any, geometry: CrossAttentionConfig, media_width: int, tp_group: Any
+) -> Parts:
+    """LayerNorm, heads of the block's own, GELU feed-forward (OpenFlamingo, InfiMM)."""
+    hidden = config.hidden_size
+    attention = MultiHeadAttention(
+        config, backend, hidden, media_width, geometry.num_heads, geometry.head_dim, tp_group
+    )
+    feed_forward = FeedForward(config, backend, hidden, geometry.ffn_multiple, tp_group)
+    return partial(LayerNorm, config, hidden), attention, feed_forward
+
+
+def _idefics(
+    config: Any, backend: Any, geometry: CrossAttentionConfig, media_width: int, tp_group: Any
+) -> Parts:
+    """RMSNorm, the language model's number and size of heads, its SwiGLU (Laurençon et al. 2023, IDEFICS)."""
+    hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.kv_channels
+    norm = partial(RMSNorm, config, eps=config.layernorm_epsilon)
+    head_norm = partial(norm, hidden_size=head_dim) if geometry.qk_norm else None
+    attention = MultiHeadAttention(
+        config, backend, hidden, media_width, heads, head_dim, tp_group, head_norm=head_norm
+    )
+    return partial(norm, hidden_size=hidden), attention, SwiGLU(config, backend, tp_group)
+
+
+class GatedCrossAttention(MegatronModule):
+    """x + tanh(a) Attn(norm(x), media), then x + tanh(f) FF(norm(x)), with gates that usually start at 0.
+
+    Flamingo (Alayrac et al. 2022), section 2.2 and figure 4.
+
+    Args:
+        config: of the decoder.
+        backend: provides the parallel linears.
+        geometry: which norms, heads and feed-forward, and how many gates.
+        media_width: width of the media tokens.
+        tp_group: tensor-parallel group.
     """
 
     def __init__(
@@ -99,29 +191,45 @@ class GatedCrossAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
-        hidden = config.hidden_size
-        self.attention_norm = LayerNorm(config, hidden)
-        self.attention = MultiHeadAttention(
-            config, backend, hidden, media_width, geometry.num_heads, geometry.head_dim, tp_group
-        )
-        self.feed_forward_norm = LayerNorm(config, hidden)
-        self.feed_forward = FeedForward(config, backend, hidden, geometry.ffn_multiple, tp_group)
-        self.attention_gate = self._gate(config)
-        self.feed_forward_gate = self._gate(config)
+        self.skip_text_only = geometry.skip_text_only
+        parts = _idefics if geometry.geometry == "idefics" else _flamingo
+        norm, attention, feed_forward = parts(config, backend, geometry, media_width, tp_group)
+        self.attention_norm, self.attention = norm(), attention
+        self.feed_forward_norm, self.feed_forward = norm(), feed_forward
+        num_gates = config.hidden_size if geometry.vector_gates else 1
+        self.attention_gate = self._gate(config, num_gates)
+        self.feed_forward_gate = self._gate(config, num_gates)
 
     @staticmethod
-    def _gate(config: Any) -> nn.Parameter:
-        gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+    def _gate(config: Any, size: int) -> nn.Parameter:
+        gate = nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
         return mark_sequence_parallel(gate, config.sequence_parallel)
 
-    def forward(self, x: torch.Tensor, media: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[S, B, H] hidden states, [M, B, media_width] media tokens, mask [B, 1, S, M] (True: attend).
+    def forward(
+        self,
+        x: torch.Tensor,
+        media: torch.Tensor,
+        mask: torch.Tensor,
+        keep_block: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The hidden states behind the block, [S, B, H].
 
         A position that may attend to nothing (before the first image) gets no attention output.
+
+        Args:
+            x: [S, B, H] hidden states.
+            media: [M, B, media_width] media tokens.
+            mask: [B, 1, S, M] bool, True where a position attends to a media token.
+            keep_block: with skip_text_only, [S, B, 1], false at positions that pass the block unchanged;
+                None: those of samples whose mask is all False. (Under sequence parallelism the positions
+                of x, which is a shard, while mask has all of them.)
         """
         sees_media = mask.any(dim=-1, keepdim=True)  # [B, 1, S, 1]
         keep = sees_media[:, 0].transpose(0, 1).to(x.dtype)  # [S, B, 1]
         # softmax over nothing is NaN: let such rows attend to everything, then drop the result
         attended = self.attention(self.attention_norm(x), media, mask | ~sees_media, keep)
         x = x + self.attention_gate.tanh() * attended
-        return x + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(x))
+        update = self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(x))
+        if self.skip_text_only:  # the attention output of such samples is zero already
+            update = update * (keep.amax(dim=0) if keep_block is None else keep_block)
+        return x + update

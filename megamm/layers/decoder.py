@@ -8,7 +8,10 @@ from typing import Any, Optional
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -17,11 +20,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megamm.batch import IGNORE_INDEX
 from megamm.config import LanguageConfig
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import DecoderConfig
 from megamm.layers.backend import backend_by_name
-from megamm.layers.cross_attention import GatedCrossAttention
+from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
+from megamm.layers.recompute import recomputed
 
 
 class DecoderLayer(TransformerLayer):
@@ -37,23 +42,35 @@ class DecoderLayer(TransformerLayer):
         super().__init__(config, submodules, **kwargs)
         geometry = config.gated_cross_attention
         # layer_number counts from 1 over the whole model, also on later pipeline stages
-        if geometry is not None and self.layer_number % geometry.every == 0:
+        if geometry is not None and geometry.stands_before(self.layer_number - 1):
             self.gated_cross_attention: Optional[GatedCrossAttention] = GatedCrossAttention(
                 config, backend_by_name(backend_name), geometry, config.media_width, self.tp_group
             )
         else:
             self.gated_cross_attention = None
+        # the number that is passed in counts within the pipeline chunk
+        self.is_recomputed = kwargs.get("layer_number", 1) <= config.recomputed_layers
 
     def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        if self.is_recomputed and self.training:
+            return recomputed(self._forward, hidden_states, *args, fp8=bool(self.config.fp8), **kwargs)
+        return self._forward(hidden_states, *args, **kwargs)
+
+    def _forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: Optional[torch.Tensor] = None,
         context: Optional[torch.Tensor] = None,
-        context_mask: Optional[torch.Tensor] = None,
+        context_mask: Optional[MediaMask] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         if self.gated_cross_attention is not None:
-            hidden_states = self.gated_cross_attention(hidden_states, context, context_mask)
+            assert context_mask is not None
+            hidden_states = self.gated_cross_attention(
+                hidden_states, context, context_mask.attend, context_mask.keep_block
+            )
         hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return hidden_states, context
 
@@ -160,6 +177,11 @@ class Decoder(GPTModel):
             vp_stage=vp_stage,
         )
         self.valid_vocab_size = language.vocab_size
+        self.packs_thd = backend_name == "te"
+        if post_process and config.sequence_parallel:
+            # The hidden states are gathered before positions are chosen, and the gather sums gradients.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of the whole sequence: [B, S] ids to [S, B, H]."""
@@ -171,12 +193,45 @@ class Decoder(GPTModel):
             return scatter_to_sequence_parallel_region(x, group=self.pg_collection.tp)
         return x
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross entropy per position, [B, S], from this rank's [S, B, V / tp] logits.
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """megatron's, with rotary positions that start again at each document of a packed row."""
+        prepared = super()._preprocess(*args, **kwargs)
+        packed = kwargs.get("packed_seq_params")
+        if packed is None or packed.qkv_format == "thd":  # with thd, megatron does it in each layer
+            return prepared
+        decoder_input, rotary, *rest = prepared
+        return decoder_input, rotary[kwargs["position_ids"][0]], *rest
 
-        Positions labelled IGNORE_INDEX get a value too; the caller leaves them out.
+    def _postprocess(
+        self, hidden_states: torch.Tensor, labels: Optional[torch.Tensor] = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Hidden states [S, B, H] on earlier stages; logits [B, S, V / tp] without labels; else the loss of
+        each position, [B, S]."""
+        if self.post_process and self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=None, **kwargs)
+        return self._losses(hidden_states, labels)
+
+    def _losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of the positions that have a label, 0 elsewhere: [S, B, H] and [B, S] to [B, S].
+
+        Only those positions go through the output layer. (In instruction tuning most have no label, and
+        the output layer is the widest of the model.)
         """
-        return super().compute_language_model_loss(labels.clamp(min=0), self._without_padding(logits))
+        by_position = labels.t().reshape(-1)  # in the order of the hidden states
+        places = (by_position != IGNORE_INDEX).nonzero().squeeze(1)
+        if not len(places):  # one position, whose loss the caller ignores, keeps the graph in one piece
+            places = places.new_zeros(1)
+        chosen = hidden_states.flatten(0, 1).index_select(0, places)[:, None]
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+        logits, _ = self.output_layer(chosen, weight=weight)
+        targets = by_position[places].clamp(min=0)[None]
+        losses = self.compute_language_model_loss(targets, self._without_padding(logits))
+        scattered = losses.new_zeros(by_position.shape).index_copy(0, places, losses[0])
+        return scattered.view(labels.shape[1], labels.shape[0]).t()
 
     def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits with the columns that only pad the vocabulary at the lowest finite value, so that the

@@ -36,8 +36,9 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
 
     Language model: normal(0, init_std), residual outputs divided by sqrt(2 layers) (GPT-2). Vision: class
     and position embeddings normal(0, init_std), residual outputs divided by sqrt(2 layers). Whatever else
-    is linear (patches, connector, cross-attention): variance 1 / fan-in (LeCun). Latents and gates as
-    their configuration says (standard normal and zero in Flamingo).
+    is linear (patches, connector, cross-attention): variance 1 / fan-in (LeCun). Latents (queries of a
+    Q-Former) and gates as their configuration says (standard normal and zero in Flamingo). Flag embeddings
+    like those of tokens.
     """
     std = model.language.init_std
     residual_std = std / math.sqrt(2 * model.language.num_layers)
@@ -54,7 +55,8 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
         (r"vision\.(class|position)_embedding", _normal(model.vision.init_std)),
         (r"vision\..*\.(attention\.proj|mlp\.fc2)\.weight", _fan_in(vision_residual)),
         (r"vision\..*\.weight", lecun),
-        (r"connector\.latents", _normal(model.connector.latent_std)),
+        (r"connector\.(latents|queries)", _normal(model.connector.latent_std)),
+        (r"connector\.flag_(start|end)", _normal(std)),
         (r"connector\..*\.weight", lecun),
     ]
 

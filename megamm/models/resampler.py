@@ -1,16 +1,19 @@
 """Perceiver resampler (Flamingo, Alayrac et al. 2022, section 2.1 and figure 5), tensor-parallel.
 
 A fixed number of learned latents reads the features of each image. OpenFlamingo's geometry: keys and
-values come from the features and the latents together, one layer is attention plus feed-forward.
+values come from the features and the latents together, one layer is attention plus feed-forward. IDEFICS
+(Laurençon et al. 2023) differs by ReLU and, optionally, a LayerNorm over each head's queries and keys.
 Shapes: N images, P features of an image, L latents, W width.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megamm.config import ConnectorConfig
@@ -28,13 +31,24 @@ class ResamplerLayer(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = tp_group
+        head_norm = partial(LayerNorm, config, connector.head_dim) if connector.qk_norm else None
+        activation = F.relu if connector.activation == "relu" else F.gelu
         self.norm_media = LayerNorm(config, width)
         self.norm_latents = LayerNorm(config, width)
         self.attention = MultiHeadAttention(
-            config, backend, width, width, connector.num_heads, connector.head_dim, tp_group
+            config,
+            backend,
+            width,
+            width,
+            connector.num_heads,
+            connector.head_dim,
+            tp_group,
+            head_norm=head_norm,
         )
         self.feed_forward_norm = LayerNorm(config, width)
-        self.feed_forward = FeedForward(config, backend, width, connector.ffn_multiple, tp_group)
+        self.feed_forward = FeedForward(
+            config, backend, width, connector.ffn_multiple, tp_group, activation=activation
+        )
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         queries = self.norm_latents(latents)

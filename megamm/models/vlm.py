@@ -7,21 +7,29 @@ T images per sample (padded), M = T * L media tokens. Tensors of the decoder are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Optional
+from functools import partial
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from megamm.batch import Batch
 from megamm.config import Recipe
+from megamm.engine.gradient_flow import GradientNeeds, GradientSources, cut
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import decoder_config
 from megamm.errors import InputError
+from megamm.layers.context import context_slice
+from megamm.layers.cross_attention import MediaMask
 from megamm.layers.dealt_images import encode_dealt, share_gradients
 from megamm.layers.decoder import Decoder
+from megamm.layers.documents import Documents, documents, last_image
+from megamm.layers.media_rows import num_rows, pack, unpack
 from megamm.layers.module import MegatronModule
-from megamm.layers.packing import num_rows, pack, unpack
+from megamm.layers.recompute import recomputed
+from megamm.models.freezing import freeze, is_trained
 from megamm.models.projector import MLPProjector
+from megamm.models.qformer import QFormer
 from megamm.models.resampler import PerceiverResampler
 from megamm.models.vision.vit import VisionTransformer
 
@@ -64,7 +72,11 @@ class VisionLanguageModel(MegatronModule, ABC):
         # megatron's schedules and gradient reduction ask the outermost module for these
         self.model_type = self.language.model_type
         self.share_embeddings_and_output_weights = recipe.model.language.tie_embeddings
-        self._freeze(set(recipe.training.freeze))
+        self.recompute = recipe.training.recompute
+        self.incoming = self.outgoing = GradientNeeds()
+        freeze(self, recipe.training, recipe.model.language.tie_embeddings)
+        if pre_process:
+            share_gradients(self.vision)
 
     @abstractmethod
     def build_connector(self) -> nn.Module:
@@ -78,10 +90,23 @@ class VisionLanguageModel(MegatronModule, ABC):
     def pipeline_rows(self) -> int:
         """Positions that media add to the [S, B, H] tensor sent between pipeline stages."""
 
+    @abstractmethod
+    def gradient_sources(self) -> GradientSources:
+        """What this chunk trains, seen from the boundary above it."""
+
+    @abstractmethod
+    def receive(self, received: torch.Tensor) -> torch.Tensor:
+        """The hidden states in what the previous pipeline stage sent."""
+
+    def connect(self, incoming: GradientNeeds, outgoing: GradientNeeds) -> None:
+        """Take note of which gradients cross the boundaries below and above this chunk."""
+        self.incoming, self.outgoing = incoming, outgoing
+
     def set_input_tensor(self, input_tensor: torch.Tensor | list[Optional[torch.Tensor]] | None) -> None:
         """Take what the previous pipeline stage sent (called by megatron's schedules)."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        self.language.decoder.set_input_tensor(received)
+        hidden = None if received is None else self.receive(received)
+        self.language.decoder.set_input_tensor(hidden)
 
     def shared_embedding_or_output_weight(self) -> Optional[torch.Tensor]:
         """The weight that the first and the last pipeline stage share, if embeddings are tied."""
@@ -92,9 +117,15 @@ class VisionLanguageModel(MegatronModule, ABC):
         collectives and every trained parameter is in the graph, also for text-only batches."""
         size = self.model_config.vision.image_size
         images = batch.images if batch.num_images else batch.images.new_zeros(1, 3, size, size)
-        trained = self.vision.patch_embedding.weight.requires_grad
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return encode_dealt(self.vision, images.to(self.config.params_dtype), self.tp_group)
+        encode = partial(self.vision, recompute=self.recompute.vision)
+        with torch.set_grad_enabled(is_trained(self.vision) and torch.is_grad_enabled()):
+            return encode_dealt(encode, images.to(self.config.params_dtype), self.tp_group)
+
+    def connect_features(self, features: torch.Tensor) -> torch.Tensor:
+        """What the connector makes of the [N, P, vision width] features."""
+        if self.recompute.connector:
+            return recomputed(self.connector, features, fp8=bool(self.config.fp8))
+        return self.connector(features)
 
     def check_images(self, batch: Batch, positions_per_image: int) -> torch.Tensor:
         """[B, S] bool of image positions, after making sure that they and the images agree."""
@@ -119,47 +150,59 @@ class VisionLanguageModel(MegatronModule, ABC):
         batch: Batch,
         embeddings: Optional[torch.Tensor],
         return_logits: bool,
-        **block_kwargs: torch.Tensor,
+        **block_kwargs: Any,
     ) -> torch.Tensor:
         return self.language(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,  # causal; padding comes last and carries no loss
             decoder_input=embeddings,
-            labels=None if return_logits else batch.labels,
+            labels=None if return_logits else self.own_labels(batch),
+            packed_seq_params=self._documents(batch),
             extra_block_kwargs=block_kwargs,
         )
 
-    def _freeze(self, parts: set[str]) -> None:
-        for name, parameter in self.named_parameters():
-            if part_of(name) in parts:
-                parameter.requires_grad_(False)
-        if self.pre_process:
-            for module in self.vision.unused_modules():
-                module.requires_grad_(False)
-            share_gradients(self.vision)
+    def own_labels(self, batch: Batch) -> torch.Tensor:
+        """[B, S / C] labels of this rank's part of the sequence under context parallelism."""
+        return context_slice(batch.labels, 1, self.pg_collection.cp)
+
+    def _documents(self, batch: Batch) -> Optional[Documents]:
+        if not batch.packed:
+            return None
+        return documents(batch.document_lengths(), batch.input_ids.device, self.language.packs_thd)
 
 
 class MergedModel(VisionLanguageModel):
-    """Image features take the place of their placeholders in the sequence (LLaVA, Liu et al. 2023)."""
+    """Image features (LLaVA, Liu et al. 2023) or what a Q-Former makes of them (BLIP-2, Li et al. 2023) take
+    the place of their placeholders in the sequence."""
 
     def build_connector(self) -> nn.Module:
         model = self.model_config
-        projector = MLPProjector(model.vision.width, model.language.hidden_size)
+        width, hidden = model.vision.width, model.language.hidden_size
+        if model.connector.kind == "qformer":
+            return QFormer(self.config, model.connector, width, hidden, self.backend_name, self.tp_group)
+        projector = MLPProjector(width, hidden)
         return projector.to(self.config.params_dtype)
+
+    def receive(self, received: torch.Tensor) -> torch.Tensor:
+        return cut(received, self.incoming.hidden)
+
+    def gradient_sources(self) -> GradientSources:
+        return GradientSources(hidden=is_trained(self), media=False, mixes_media=False)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> torch.Tensor:
         # 1. placeholders and images must agree
-        is_image = self.check_images(batch, self.model_config.vision.num_features)
+        is_image = self.check_images(batch, self.model_config.tokens_per_image)
         embeddings = None
         if self.pre_process:
-            # 2. encode the images and project them to the width of the decoder: [N, P, H]
-            image_embeddings = self.connector(self.encode_images(batch))[: batch.num_images]
+            # 2. encode the images and bring them to the width of the decoder: [N, P or L, H]
+            image_embeddings = self.connect_features(self.encode_images(batch))[: batch.num_images]
             # 3. embed the tokens: [S, B, H]
             embeddings = self.language.embed(batch.input_ids, batch.position_ids)
             # 4. put the image embeddings where their placeholders are (sample by sample, left to right)
             merged = embeddings.transpose(0, 1).masked_scatter(is_image[..., None], image_embeddings)
-            embeddings = self.language.scatter(merged.transpose(0, 1).contiguous())
+            own = context_slice(merged.transpose(0, 1), 0, self.pg_collection.cp)
+            embeddings = self.language.scatter(own.contiguous())
         # 5. decode; the last stage returns the loss per position
         return self._run_decoder(batch, embeddings, return_logits)
 
@@ -182,7 +225,8 @@ class CrossAttentionModel(VisionLanguageModel):
     def __init__(self, recipe: Recipe, *args: object, **kwargs: object) -> None:
         super().__init__(recipe, *args, **kwargs)  # type: ignore[arg-type]
         # between stages the shape must be the same for every micro-batch
-        self.fixed_num_images = recipe.data.max_images if recipe.parallel.pipeline > 1 else None
+        rows = recipe.training.micro_batch_size if recipe.data.pack else 1  # what a packed row may hold
+        self.fixed_num_images = recipe.data.max_images * rows if recipe.parallel.pipeline > 1 else None
 
     def build_connector(self) -> nn.Module:
         model = self.model_config
@@ -196,11 +240,12 @@ class CrossAttentionModel(VisionLanguageModel):
         embeddings = None
         if self.pre_process:
             # 2. encode the images and resample each to a few latents: [N, L, W]
-            latents = self.connector(self.encode_images(batch))[: batch.num_images]
+            latents = self.connect_features(self.encode_images(batch))[: batch.num_images]
             # 3. lay them out by sample: [M, B, W]
             media = self.language.scatter(self._by_sample(latents, batch))
             # 4. embed the tokens: [S, B, H]
-            embeddings = self.language.scatter(self.language.embed(batch.input_ids, batch.position_ids))
+            embedded = self.language.embed(batch.input_ids, batch.position_ids)
+            embeddings = self.language.scatter(context_slice(embedded, 0, self.pg_collection.cp))
         else:
             assert self._media is not None, "set_input_tensor must come before forward on later stages"
             media = self._media
@@ -224,17 +269,24 @@ class CrossAttentionModel(VisionLanguageModel):
         media = media.index_copy(0, slot, latents)
         return media.view(num_samples, -1, latents.shape[-1]).transpose(0, 1).contiguous()
 
-    def _media_mask(self, is_image: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[B, 1, S, M] bool, True where a position attends to a media token."""
-        text_time = is_image.cumsum(dim=1)  # images seen so far, the own placeholder included
+    def _media_mask(self, is_image: torch.Tensor, batch: Batch) -> MediaMask:
+        """Who attends to which media token, for this rank's part of the sequence."""
+        text_time, has_image = last_image(is_image, batch.position_ids)
         image = torch.arange(1, self._images_per_sample(batch) + 1, device=is_image.device)
         media_time = image.repeat_interleave(self.model_config.connector.num_latents)
-        return text_time[:, None, :, None] == media_time
+        own_time = context_slice(text_time, 1, self.pg_collection.cp)
+        attend = own_time[:, None, :, None] == media_time
+        if not self.model_config.cross_attention.skip_text_only:
+            return MediaMask(attend)
+        own_part = context_slice(has_image, 1, self.pg_collection.cp).t()[..., None]
+        return MediaMask(attend, self.language.scatter(own_part.to(self.config.params_dtype)))
 
     def pipeline_rows(self) -> int:
-        """Counted in unsharded positions: under sequence parallelism each rank packs its own shard."""
+        """Counted in positions of the whole sequence, of which each rank packs its share: under sequence
+        parallelism its shard of the media, under context parallelism all of them."""
         model = self.model_config
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        shards *= self.config.context_parallel_size
         return num_rows(self._local_media(), model.vision.width, model.language.hidden_size) * shards
 
     def _local_media(self) -> int:
@@ -243,14 +295,21 @@ class CrossAttentionModel(VisionLanguageModel):
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return self.fixed_num_images * self.model_config.connector.num_latents // shards
 
-    def set_input_tensor(self, input_tensor: torch.Tensor | list[Optional[torch.Tensor]] | None) -> None:
-        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if received is None:
-            self.language.decoder.set_input_tensor(None)
-            return
+    def receive(self, received: torch.Tensor) -> torch.Tensor:
         # before the decoder sees it: rotary embeddings take their length from this tensor
-        hidden, self._media = unpack(received, self._local_media(), self.model_config.vision.width)
-        self.language.decoder.set_input_tensor(hidden)
+        hidden, media = unpack(received, self._local_media(), self.model_config.vision.width)
+        self._media = cut(media, self.incoming.media)
+        return cut(hidden, self.incoming.hidden)
+
+    def gradient_sources(self) -> GradientSources:
+        has_images = self.pre_process
+        return GradientSources(
+            hidden=is_trained(self.language),
+            media=has_images and (is_trained(self.vision) or is_trained(self.connector)),
+            mixes_media=any(
+                layer.gated_cross_attention is not None for layer in self.language.decoder.layers
+            ),
+        )
 
 
 def build_model(recipe: Recipe, groups: Groups, backend_name: str, image_token_id: int) -> list[nn.Module]:
@@ -266,10 +325,3 @@ def build_model(recipe: Recipe, groups: Groups, backend_name: str, image_token_i
         model = model_class(recipe, groups, backend_name, image_token_id, first, last, vp_stage)
         chunks.append(model.to(groups.device))
     return chunks
-
-
-def part_of(parameter_name: str) -> str:
-    """The part of the model that a parameter belongs to, by the names that recipes freeze."""
-    if ".gated_cross_attention." in parameter_name:
-        return "cross_attention"
-    return parameter_name.split(".", 1)[0]

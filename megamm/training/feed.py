@@ -8,6 +8,7 @@ every rank of the run before anyone waits in a collective for it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +16,20 @@ import torch.distributed as dist
 
 from megamm.batch import Batch
 from megamm.config import Recipe
+from megamm.data.balance import Cost
 from megamm.data.loader import BatchLoader
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine.groups import Groups
-from megamm.errors import MegammError
+from megamm.errors import InputError, MegammError
+from megamm.training.flops import flops_per_step
 
 
 class BatchFeed:
     """The micro-batches of each step, on this rank's device.
 
     Attributes:
+        consumed_samples: samples of the stage that the steps so far used, the same on every rank. With
+            data.pack, steps differ in how many they use.
         seconds_waited: for data, during the last step.
     """
 
@@ -41,11 +46,17 @@ class BatchFeed:
         if groups.is_model_leader:
             try:
                 self._loader = BatchLoader(
-                    recipe, tokenizer, consumed_samples, groups.dp_rank, groups.dp_size, quarantine
+                    recipe,
+                    tokenizer,
+                    consumed_samples,
+                    groups.dp_rank,
+                    groups.dp_size,
+                    quarantine,
+                    sample_cost(recipe),
                 )
             except Exception as caught:
                 error = caught
-        self._agree(error)
+        self.consumed_samples = self._agree(error)
 
     @property
     def image_loader(self) -> str:
@@ -66,9 +77,12 @@ class BatchFeed:
                 batches = [next(self._loader) for _ in batches]
             except Exception as caught:
                 error = caught
-        self._agree(error)
+        self.consumed_samples = self._agree(error)
         self.seconds_waited = time.perf_counter() - started
-        return [self._share(batch) for batch in batches]
+        if self.groups.tp_size * self.groups.pp_size == 1:
+            return [batch.to(self.groups.device) for batch in batches if batch is not None]
+        counts = self._share_counts(batches)
+        return [self._share(batch, *count) for batch, count in zip(batches, counts, strict=True)]
 
     def remarks(self) -> list[str]:
         """What the user should know about the samples read so far, by this rank."""
@@ -79,39 +93,61 @@ class BatchFeed:
             f"cut, being longer than data.sequence_length {length} or data.max_images": stats.truncated,
             "without any token that carries loss": stats.without_loss,
         }
-        return [f"{n:,} of {stats.samples:,} samples read were {what}" for what, n in counts.items() if n]
+        remarks = [f"{n:,} of {stats.samples:,} samples read were {what}" for what, n in counts.items() if n]
+        if self.recipe.data.pack and stats.positions:
+            remarks.append(
+                f"{stats.padding / stats.positions:.1%} of the positions of packed rows were padding"
+            )
+        return remarks
 
     def close(self) -> None:
         """Stop reading."""
         if self._loader is not None:
             self._loader.close()
 
-    def _agree(self, error: BaseException | None) -> None:
-        """If any rank has an error, every rank raises: the own one, or what another rank reported."""
-        failed = torch.tensor([int(error is not None)], device=self.groups.device)
+    def _agree(self, error: BaseException | None) -> int:
+        """The consumed samples, which all readers must have in common. If any rank has an error, every rank
+        raises: the own one, or what another rank reported."""
+        consumed = self._loader.consumed_samples if self._loader is not None else None
+        bounds = [-1, -(1 << 62)] if consumed is None else [consumed, -consumed]
+        message = torch.tensor([int(error is not None), *bounds], device=self.groups.device)
         if dist.get_world_size() > 1:
-            dist.all_reduce(failed)
-        if not int(failed):
-            return
-        reports: list[BaseException | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, error if isinstance(error, MegammError) else _as_megamm_error(error))
-        raise error or next(report for report in reports if report is not None)
+            dist.all_reduce(message, dist.ReduceOp.MAX)
+        failed, most, least = message.tolist()
+        if failed:
+            reports: list[BaseException | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(
+                reports, error if isinstance(error, MegammError) else _as_megamm_error(error)
+            )
+            raise error or next(report for report in reports if report is not None)
+        if most != -least:
+            raise InputError(
+                f"{self.recipe.data.train}: the readers disagree, a step ends at sample {-least:,} for "
+                f"one and at {most:,} for another; give every machine the same dataset"
+            )
+        return int(most)
 
-    def _share(self, batch: Batch | None) -> Batch:
-        """Give the leader's batch to its peers."""
-        groups = self.groups
-        if groups.tp_size * groups.pp_size == 1:
-            assert batch is not None
-            return batch.to(groups.device)
-        size, length = self.recipe.training.micro_batch_size, self.recipe.data.sequence_length
-        tokens = self._share_tokens(batch, size, length)
-        input_ids, labels, position_ids = tokens[: 3 * size * length].view(3, size, length)
-        images_per_sample, sample_ids = tokens[3 * size * length : -1].view(2, size)
-        images = self._share_images(batch, int(images_per_sample.sum()))
-        return Batch(input_ids, labels, position_ids, images, images_per_sample, sample_ids, int(tokens[-1]))
+    def _share_counts(self, batches: list[Batch | None]) -> list[list[int]]:
+        """For each micro-batch of the step: numbers of samples, images, replaced samples and padding."""
+        if self._loader is not None:
+            rows = [
+                [len(b.sample_ids), b.num_images, b.num_skipped, b.num_padding]
+                for b in batches
+                if b is not None
+            ]
+            message = torch.tensor(rows, device=self.groups.device)
+        else:
+            message = torch.empty(len(batches), 4, dtype=torch.int64, device=self.groups.device)
+        dist.broadcast(message, self.groups.model_leader, group=self.groups.collection.mp)
+        return message.tolist()
 
-    def _share_tokens(self, batch: Batch | None, size: int, length: int) -> torch.Tensor:
-        """Everything but the images in one int64 message."""
+    def _share(
+        self, batch: Batch | None, num_samples: int, num_images: int, num_skipped: int, num_padding: int
+    ) -> Batch:
+        """Give the leader's batch to its peers: all but the images in one int64 message."""
+        data, num_rows = self.recipe.data, self.recipe.training.micro_batch_size
+        shape = (1, num_rows * data.sequence_length) if data.pack else (num_rows, data.sequence_length)
+        sizes = [shape[0] * shape[1]] * 3 + [shape[0], num_samples]
         if batch is not None:
             parts = [
                 batch.input_ids,
@@ -120,13 +156,22 @@ class BatchFeed:
                 batch.images_per_sample,
                 batch.sample_ids,
             ]
-            flat = [part.reshape(-1) for part in parts] + [torch.tensor([batch.num_skipped])]
-            message = torch.cat(flat).to(self.groups.device)
+            message = torch.cat([part.reshape(-1) for part in parts]).to(self.groups.device)
         else:
-            num_values = 3 * size * length + 2 * size + 1
-            message = torch.empty(num_values, dtype=torch.int64, device=self.groups.device)
+            message = torch.empty(sum(sizes), dtype=torch.int64, device=self.groups.device)
         dist.broadcast(message, self.groups.model_leader, group=self.groups.collection.mp)
-        return message
+        input_ids, labels, position_ids, images_per_sample, sample_ids = message.split(sizes)
+        return Batch(
+            input_ids.view(shape),
+            labels.view(shape),
+            position_ids.view(shape),
+            self._share_images(batch, num_images),
+            images_per_sample,
+            sample_ids,
+            num_skipped,
+            data.pack,
+            num_padding,
+        )
 
     def _share_images(self, batch: Batch | None, num_images: int) -> torch.Tensor:
         """The images, on the first pipeline stage; none elsewhere."""
@@ -140,6 +185,18 @@ class BatchFeed:
         if groups.tp_size > 1:
             dist.broadcast(images, groups.model_leader, group=groups.collection.tp)
         return images
+
+
+def sample_cost(recipe: Recipe) -> Cost:
+    """What an image and attention cost, by their FLOPs, in positions of the language model."""
+    length = recipe.data.sequence_length
+    alone = replace(recipe, data=replace(recipe.data, sequence_length=1))
+    position = flops_per_step(alone, 1, 0)
+    attention = flops_per_step(recipe, 1, 0) - position  # to half of the sequence on average
+    return Cost(
+        image=flops_per_step(recipe, 0, 1) / position,
+        attention=attention / position / (length / 2),
+    )
 
 
 def _as_megamm_error(error: BaseException | None) -> MegammError | None:

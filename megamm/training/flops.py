@@ -15,6 +15,8 @@ Everything is a sum over the whole batch, on all devices together.
 
 from __future__ import annotations
 
+import math
+
 from megamm.config import Recipe
 from megamm.recipe_checks import trainable_parts
 
@@ -43,13 +45,12 @@ def flops_per_step(recipe: Recipe, num_tokens: int, num_images: int) -> float:
 def flops_by_part(recipe: Recipe, num_tokens: int, num_images: int) -> dict[str, float]:
     """`flops_per_step` split into vision, connector, cross_attention, language and head."""
     trained = set(trainable_parts(recipe))
-    vision = num_images * _vision(recipe, "vision" in trained)
-    if recipe.model.connector.kind == "mlp":
-        connector = num_images * _projector(recipe, trained)
-    else:
-        connector = num_images * _resampler(recipe, trained)
-    decoder = _decoder(recipe, trained, num_tokens, num_images)
-    return {"vision": vision, "connector": connector, **decoder}
+    connector = {"mlp": _projector, "resampler": _resampler, "qformer": _qformer}[recipe.model.connector.kind]
+    return {
+        "vision": num_images * _vision(recipe),
+        "connector": num_images * connector(recipe, trained),
+        **_decoder(recipe, trained, num_tokens, num_images),
+    }
 
 
 def _linear(weights: float, input_gradient: bool, trained: bool) -> float:
@@ -62,15 +63,25 @@ def _attention(pairs: float, width: float, gradient: bool) -> float:
     return 4.0 * pairs * width * (3 if gradient else 1)
 
 
-def _vision(recipe: Recipe, trained: bool) -> float:
+def _first_trained(recipe: Recipe, part: str) -> float:
+    """The first trained block of "vision" or "language": -1 with the embeddings, infinity for none."""
+    if part not in recipe.training.freeze:
+        return -1
+    first = getattr(recipe.training.unfreeze, part)
+    return math.inf if first is None else first
+
+
+def _vision(recipe: Recipe) -> float:
     """One image through the encoder, up to the block whose output is taken."""
     v = recipe.model.vision
-    positions = v.num_patches + 1
-    embedding = v.num_patches * _linear(3 * v.patch_size**2 * v.width, False, trained)
+    positions, first = v.num_patches + 1, _first_trained(recipe, "vision")
+    total = v.num_patches * _linear(3 * v.patch_size**2 * v.width, False, first < 0)
     weights = 4 * v.width**2 + 2 * v.width * v.mlp_width
-    block = positions * _linear(weights, trained, trained) + _attention(positions**2, v.width, trained)
     num_used_blocks = range(v.num_layers + 1)[v.feature_layer]
-    return embedding + num_used_blocks * block
+    for block in range(num_used_blocks):
+        trained = block >= first
+        total += positions * _linear(weights, trained, trained) + _attention(positions**2, v.width, trained)
+    return total
 
 
 def _projector(recipe: Recipe, trained: set[str]) -> float:
@@ -97,21 +108,44 @@ def _resampler(recipe: Recipe, trained: set[str]) -> float:
     return total
 
 
+def _qformer(recipe: Recipe, trained: set[str]) -> float:
+    """The features of one image through the Q-Former and its linear into the language model."""
+    c, model = recipe.model.connector, recipe.model
+    own, below = "connector" in trained, "vision" in trained
+    features, queries, width = model.vision.num_features, c.num_latents, c.num_heads * c.head_dim
+    total, gradient = 0.0, own  # of the queries so far: the first are a parameter
+    for layer in range(c.depth):
+        total += queries * _linear(4 * width**2, gradient, own) + _attention(queries**2, width, gradient)
+        if layer % c.cross_every == 0:
+            total += queries * _linear(width**2, gradient, own)
+            gradient = own or below
+            total += features * _linear(2 * model.vision.width * width, gradient, own)
+            total += _attention(queries * features, width, gradient)
+            total += queries * _linear(width**2, gradient, own)
+        total += queries * _linear(2 * c.ffn_multiple * width**2, gradient, own)
+    return total + queries * _linear(width * model.language.hidden_size, gradient, own)
+
+
 def _decoder(recipe: Recipe, trained: set[str], num_tokens: int, num_images: int) -> dict[str, float]:
     """Decoder layers, the gated blocks between them and the output layer, for a batch."""
     model, m = recipe.model, recipe.model.language
-    own, media = "language" in trained, bool(trained & {"vision", "connector"})
+    first, media = _first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
     kv_width = (m.num_kv_heads or m.num_heads) * m.head_dim
     weights = 2 * m.hidden_size**2 + 2 * m.hidden_size * kv_width + 3 * m.hidden_size * m.ffn_hidden_size
     pairs = _causal_pairs(recipe.data.sequence_length, m.sliding_window)
     cross_attention = language = 0.0
-    gradient = own or (model.assembly == "merged" and media)  # of the hidden states so far
+    # of the hidden states so far
+    gradient = first < 0 or (model.assembly == "merged" and media)
     for layer in range(m.num_layers):
-        if model.assembly == "cross_attention" and (layer + 1) % model.cross_attention.every == 0:
+        if model.assembly == "cross_attention" and model.cross_attention.stands_before(layer):
             cross_attention += _gated_block(recipe, trained, gradient, num_tokens, num_images)
             gradient = gradient or media or "cross_attention" in trained
+        own = layer >= first
+        gradient = gradient or own
         per_token = _linear(weights, gradient, own) + _attention(pairs, m.hidden_size, gradient)
         language += num_tokens * per_token
+    # the output layer is trained along with the last layers, unless it is a frozen embedding
+    own = first < 0 or (first < math.inf and not m.tie_embeddings)
     head = num_tokens * _linear(m.hidden_size * m.vocab_size, gradient, own)
     return {"cross_attention": cross_attention, "language": language, "head": head}
 
@@ -126,13 +160,16 @@ def _gated_block(
     recipe: Recipe, trained: set[str], text_gradient: bool, num_tokens: int, num_images: int
 ) -> float:
     """A gated cross-attention block; every position attends to the media tokens of one image."""
-    c, hidden = recipe.model.cross_attention, recipe.model.language.hidden_size
+    c, m, hidden = recipe.model.cross_attention, recipe.model.language, recipe.model.language.hidden_size
     num_latents, media_width = recipe.model.connector.num_latents, recipe.model.vision.width
     own, media = "cross_attention" in trained, bool(trained & {"vision", "connector"})
-    inner = c.num_heads * c.head_dim
+    if c.geometry == "idefics":
+        inner, feed_forward = hidden, 3 * hidden * m.ffn_hidden_size
+    else:
+        inner, feed_forward = c.num_heads * c.head_dim, 2 * c.ffn_multiple * hidden**2
     query = _linear(hidden * inner, own or text_gradient, own)
     behind = own or text_gradient or media  # gradients of what the attention gave
-    rest = _linear(inner * hidden + 2 * c.ffn_multiple * hidden**2, behind, own)
+    rest = _linear(inner * hidden + feed_forward, behind, own)
     per_token = query + _attention(num_latents, inner, behind) + rest
     keys = num_images * num_latents * _linear(2 * media_width * inner, media, own)
     return num_tokens * per_token + keys

@@ -34,6 +34,7 @@ class StepStats:
         lr: learning rate of this step.
         grad_norm: global norm before clipping.
         num_tokens, num_images: positions of the language model and images in the global batch.
+        num_padding: of these positions, how many hold no sample.
         seconds: wall time of the step, waiting for data included.
         data_wait: seconds of it in which the loop waited for data.
         skipped_samples: samples replaced because a picture was unreadable, since the stage started.
@@ -53,6 +54,7 @@ class StepStats:
     skipped_samples: int
     skipped_steps: int
     memory: int
+    num_padding: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
 from megamm.device import choose_backend, distributed_backend, pick_device, seed_everything
 from megamm.engine import checkpoint, groups
-from megamm.engine.checkpoint import Progress
+from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import list_checkpoints
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megamm.engine.weights import initialize
 from megamm.errors import InputError
+from megamm.models.freezing import part_of
 from megamm.models.initialization import weight_drawer
-from megamm.models.vlm import build_model, part_of
+from megamm.models.vlm import build_model
 from megamm.recipe import validate_world
 
 Report = Callable[[str], None]
@@ -34,6 +35,7 @@ class Session:
         models: chunks of the model that this rank holds.
         wrapped: the same with gradient buffers and data-parallel reduction.
         optimizer, schedule: megatron-core's.
+        checkpoints: the run's, to be saved and loaded.
         progress: where training starts (resumed or 0).
         backend_reason: which layers were chosen and why, for the log.
     """
@@ -45,13 +47,9 @@ class Session:
     wrapped: list[Any]
     optimizer: Any
     schedule: Any
+    checkpoints: Checkpoints
     progress: Progress
     backend_reason: str
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run keeps its checkpoints."""
-        return Path(self.recipe.run_dir) / "checkpoints"
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -94,6 +92,7 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     initialize(models, weight_drawer(recipe.model, recipe.seed))
     wrapped = wrap_data_parallel(models, recipe, layout)
     optimizer = build_optimizer(wrapped, recipe, layout)
+    directory = Path(recipe.run_dir) / "checkpoints"
     session = Session(
         recipe=recipe,
         groups=layout,
@@ -102,6 +101,7 @@ def build_session(recipe: Recipe, report: Report) -> Session:
         wrapped=wrapped,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, recipe.optimizer, recipe.training.steps),
+        checkpoints=Checkpoints(directory, models, optimizer, recipe, tokenizer.save, layout, report),
         progress=Progress(),
         backend_reason=f"{backend_name} ({reason})",
     )
@@ -113,11 +113,9 @@ def _load_weights(session: Session, report: Report) -> None:
     recipe, layout = session.recipe, session.groups
     resumed = None
     if not recipe.resume.enabled:
-        _refuse_old_checkpoints(session.checkpoints)
+        _refuse_old_checkpoints(session.checkpoints.directory)
     else:
-        resumed = checkpoint.load_newest(
-            session.checkpoints, session.models, session.optimizer, recipe, layout, report
-        )
+        resumed = session.checkpoints.load_newest()
     if resumed is not None:
         session.progress = resumed
         session.schedule.step(resumed.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megamm.batch import Batch
 from megamm.config import Recipe
 from megamm.device import device_name, memory_used
-from megamm.engine import checkpoint, groups
+from megamm.engine import groups
 from megamm.engine.checkpoint import Progress
 from megamm.engine.pipeline import forward_backward
 from megamm.errors import RunError
@@ -51,15 +52,14 @@ def _run(session: Session, logger: RunLogger | None) -> None:
     quarantine = Path(recipe.run_dir) / "quarantine.jsonl"
     feed = BatchFeed(recipe, session.tokenizer, session.groups, progress.consumed_samples, quarantine)
     _say(logger, f"backend {session.backend_reason}; images by {feed.image_loader}")
+    session.checkpoints.report = partial(_say, logger)
     skipped_samples = 0
     try:
         while progress.step < recipe.training.steps:
             started = time.perf_counter()
             batches = feed.next_step()
             loss, grad_norm, lr = train_step(session, batches)
-            progress = Progress(
-                progress.step + 1, progress.consumed_samples + recipe.training.global_batch_size
-            )
+            progress = Progress(progress.step + 1, feed.consumed_samples)
             counts = _counts(batches, session)
             skipped_samples += counts["skipped"]
             if logger is not None:
@@ -72,6 +72,7 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                         grad_norm=grad_norm,
                         num_tokens=counts["tokens"],
                         num_images=counts["images"],
+                        num_padding=counts["padding"],
                         seconds=time.perf_counter() - started,
                         data_wait=feed.seconds_waited,
                         skipped_samples=skipped_samples,
@@ -79,10 +80,13 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                         memory=memory_used(session.groups.device),
                     )
                 )
-            _check_finite(loss, grad_norm, progress.step)
+            session.checkpoints.poll()
+            _check_finite(session, loss, grad_norm, progress.step)
             if _is_time_to_save(recipe, progress.step):
-                _save(session, progress, logger)
+                session.checkpoints.save(progress)
+        session.checkpoints.wait()
     finally:
+        session.checkpoints.abandon()
         feed.close()
         for remark in feed.remarks():
             _say(logger, remark)
@@ -95,8 +99,7 @@ def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, fl
         model.zero_grad_buffer()
     session.optimizer.zero_grad()
     # 2. forward and backward over the micro-batches; gradients come back reduced
-    length = session.recipe.data.sequence_length
-    loss = forward_backward(session.wrapped, batches, session.groups, length)
+    loss = forward_backward(session.wrapped, batches, session.groups)
     # 3. clip and update
     lr = session.optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = session.optimizer.step()
@@ -106,10 +109,12 @@ def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, fl
 
 
 def _counts(batches: list[Batch], session: Session) -> Counter[str]:
-    """Tokens, images and replaced samples of the step, over all data-parallel ranks."""
+    """Positions computed, those of them that are padding, images and replaced samples of the step, over all
+    data-parallel ranks."""
     counts: Counter[str] = Counter()
     for batch in batches:
         counts["tokens"] += batch.input_ids.numel()
+        counts["padding"] += batch.num_padding
         counts["images"] += int(batch.images_per_sample.sum())
         counts["skipped"] += batch.num_skipped
     if session.groups.dp_size == 1:
@@ -119,8 +124,9 @@ def _counts(batches: list[Batch], session: Session) -> Counter[str]:
     return sum(parts, Counter())
 
 
-def _check_finite(loss: float, grad_norm: float, step: int) -> None:
+def _check_finite(session: Session, loss: float, grad_norm: float, step: int) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        session.checkpoints.wait()  # every rank has these numbers, and what is being written is good
         raise RunError(
             f"step {step}: loss {loss} with gradient norm {grad_norm}; training diverged: lower "
             "optimizer.lr or lengthen optimizer.warmup_steps, then start again (from the last checkpoint)"
@@ -130,20 +136,6 @@ def _check_finite(loss: float, grad_norm: float, step: int) -> None:
 def _is_time_to_save(recipe: Recipe, step: int) -> bool:
     interval = recipe.checkpoint.interval
     return step == recipe.training.steps or (interval > 0 and step % interval == 0)
-
-
-def _save(session: Session, progress: Progress, logger: RunLogger | None) -> None:
-    started = time.perf_counter()
-    path = checkpoint.save(
-        session.checkpoints,
-        progress,
-        session.models,
-        session.optimizer,
-        session.recipe,
-        session.tokenizer.save,
-        session.groups,
-    )
-    _say(logger, f"saved {path} in {time.perf_counter() - started:.1f} s")
 
 
 def _logger(session: Session, early_lines: list[str]) -> RunLogger | None:

@@ -79,6 +79,16 @@ def conversations(names: list[str], count: int) -> list[dict[str, Any]]:
     return [entry(i, use, f"What is it, number {i}?", f"It is thing {i}.") for i, use in enumerate(images)]
 
 
+def varied(root: Path, count: int, images: Path, tokenizer: Path) -> Path:
+    """A dataset of `count` samples with no to three images and one to forty words."""
+    names, draw = sorted(path.name for path in images.iterdir()), np.random.default_rng(count)
+    entries = []
+    for i in range(count):
+        use = draw.choice(names, draw.integers(0, 4)).tolist()
+        entries.append(entry(i, use or None, f"Number {i}?", "It is a thing. " * int(draw.integers(1, 11))))
+    return prepared(root, entries, tokenizer, [images]).out
+
+
 def prepared(
     root: Path, entries: list[Any], tokenizer: Path, images: list[Path], out: str = "out", **options: Any
 ) -> PrepareReport:

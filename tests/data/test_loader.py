@@ -18,7 +18,7 @@ from megamm.data.loader import BatchLoader
 from megamm.data.order import sample_at, substitute_at
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, RunError
-from tests.data.helpers import IMAGE_SIZE, entry, prepared, recipe, write_images
+from tests.data.helpers import IMAGE_SIZE, entry, prepared, recipe, varied, write_images
 
 TOKENS_PER_IMAGE = 4
 AUGMENTED = {"loader": "pillow", "random_crop_scale": 0.5, "random_flip": True, "num_workers": 2}
@@ -43,14 +43,31 @@ def samples(found: list[Batch]) -> list[int]:
 
 def same(a: Batch, b: Batch) -> bool:
     tensors = ("input_ids", "labels", "position_ids", "images", "images_per_sample", "sample_ids")
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    numbers = ("num_skipped", "packed", "num_padding")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors) and all(
+        getattr(a, name) == getattr(b, name) for name in numbers
+    )
+
+
+@pytest.fixture(scope="module")
+def varied_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, image_folder: Path) -> Path:
+    """60 samples of no to three images and very different lengths."""
+    return varied(tmp_path_factory.mktemp("varied"), 60, image_folder, tokenizer_dir)
 
 
 def test_batches_follow_the_order(dataset_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    """Without balance sample by sample, with it step by step."""
+    found = batches(recipe(dataset_dir, tokenizer_dir, balance=False), tokenizer, 32)
     settings = recipe(dataset_dir, tokenizer_dir)
-    found = batches(settings, tokenizer, 30)
-    assert samples(found) == [sample_at(settings.seed, settings.stage, i, 50) for i in range(60)]
-    for batch in found:
+    balanced = batches(settings, tokenizer, 32)
+    order = [sample_at(settings.seed, settings.stage, i, 50) for i in range(64)]
+    assert samples(found) == order
+    for step in range(8):
+        four, wanted = balanced[4 * step : 4 * step + 4], order[8 * step : 8 * step + 8]
+        assert sorted(samples(four)) == sorted(wanted)
+        counts = [batch.num_images for batch in four]
+        assert max(counts) - min(counts) <= 1, "samples have no, one or two images"
+    for batch in found + balanced:
         assert batch.input_ids.shape == (2, 128) and batch.num_skipped == 0
         assert batch.images.shape == (int(batch.images_per_sample.sum()), 3, IMAGE_SIZE, IMAGE_SIZE)
         positions = int((batch.input_ids == tokenizer.image_id).sum())
@@ -79,17 +96,46 @@ def test_images_stand_in_the_order_of_their_placeholders(tmp_path: Path, tokeniz
             assert torch.equal(batch.images[2 * i + 1], pixels[3 - sample])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("consumed", [0, 8, 48, 56, 4096 - 8, 5])
+def steps(
+    settings: Recipe, tokenizer: Tokenizer, count: int, consumed: int = 0, ranks: int = 1
+) -> list[tuple[int, list[Batch]]]:
+    """The next steps: consumed samples after each, and its micro-batches, of all ranks, in one order."""
+    training = settings.training
+    per_rank = training.global_batch_size // training.micro_batch_size // ranks
+    found: list[tuple[int, list[Batch]]] = []
+    for rank in range(ranks):
+        with BatchLoader(settings, tokenizer, consumed, rank, ranks, None) as loader:
+            for number in range(count):
+                start = loader.consumed_samples
+                mine = list(islice(loader, per_rank - 1))
+                assert loader.consumed_samples == start, "the step is not over"
+                mine += list(islice(loader, 1))
+                if rank == 0:
+                    found.append((loader.consumed_samples, mine))
+                else:
+                    found[number][1].extend(mine)
+                assert loader.consumed_samples == found[number][0]
+    for _end, step in found:
+        step.sort(key=lambda batch: [batch.sample_ids.tolist(), batch.input_ids.tolist()])
+    return found
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("start", [0, 43, 4096 - 8])
 def test_resuming_gives_the_same_stream(
-    consumed: int, dataset_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer
+    start: int, pack: bool, varied_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer
 ) -> None:
-    """With augmentation, and across the end of an epoch; other worker and prefetch counts change nothing."""
-    settings = recipe(dataset_dir, tokenizer_dir, image=AUGMENTED)
-    other = recipe(dataset_dir, tokenizer_dir, image=AUGMENTED | {"num_workers": 1}, prefetch=1)
-    start = consumed % 2 if consumed % 8 else max(0, consumed - 16)
-    whole = batches(settings, tokenizer, (consumed - start) // 2 + 6, start)
-    rest = batches(other, tokenizer, 6, consumed)
-    assert all(same(a, b) for a, b in zip(whole[-6:], rest, strict=True))
+    """At every step of a run, on any number of ranks, also across the end of an epoch and with augmentation;
+    other worker and prefetch counts change nothing."""
+    settings = recipe(varied_dir, tokenizer_dir, image=AUGMENTED, pack=pack)
+    other = recipe(varied_dir, tokenizer_dir, image=AUGMENTED | {"num_workers": 1}, prefetch=1, pack=pack)
+    whole = steps(settings, tokenizer, 6, start)
+    assert whole[-1][0] - start >= 48
+    for number, ranks in ((1, 1), (2, 2), (3, 4), (5, 2)):
+        rest = steps(other, tokenizer, 6 - number, whole[number - 1][0], ranks)
+        for (end, step), (wanted_end, wanted) in zip(rest, whole[number:], strict=True):
+            assert end == wanted_end
+            assert all(same(a, b) for a, b in zip(step, wanted, strict=True))
 
 
 def test_augmentation_differs_by_epoch_and_place(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -101,34 +147,18 @@ def test_augmentation_differs_by_epoch_and_place(tmp_path: Path, tokenizer_dir: 
     assert len({float(image.sum()) for batch in found for image in batch.images}) >= 14
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_a_step_holds_the_same_samples_for_every_number_of_ranks(
-    micro: int, dataset_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer
+def test_a_step_is_the_same_for_every_number_of_ranks(
+    micro: int, pack: bool, varied_dir: Path, tokenizer_dir: Path, tokenizer: Tokenizer
 ) -> None:
-    settings = recipe(dataset_dir, tokenizer_dir, image=AUGMENTED)
+    settings = recipe(varied_dir, tokenizer_dir, image=AUGMENTED, pack=pack)
     settings.training.micro_batch_size = micro
-    steps = {}
-    for ranks in (1, 2, 4):
-        per_step = 8 // (micro * ranks)
-        found = [batches(settings, tokenizer, 3 * per_step, 16, rank, ranks) for rank in range(ranks)]
-        steps[ranks] = [
-            {
-                (int(sample), tuple(ids.tolist()), round(float(pixels), 4))
-                for rank in found
-                for batch in rank[step * per_step : (step + 1) * per_step]
-                for sample, ids, pixels in zip(
-                    batch.sample_ids, batch.input_ids, image_sums(batch), strict=True
-                )
-            }
-            for step in range(3)
-        ]
-        assert all(len(step) == 8 for step in steps[ranks])
-    assert steps[1] == steps[2] == steps[4]
-
-
-def image_sums(batch: Batch) -> list[torch.Tensor]:
-    parts = batch.images.split(batch.images_per_sample.tolist())
-    return [part.double().sum() for part in parts]
+    one, two, four = (steps(settings, tokenizer, 3, 16, ranks) for ranks in (1, 2, 4))
+    for (end, step), *others in zip(one, two, four, strict=True):
+        for other_end, other in others:
+            assert end == other_end and len(step) == len(other) == 8 // micro
+            assert all(same(a, b) for a, b in zip(step, other, strict=True))
 
 
 @pytest.fixture

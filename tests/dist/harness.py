@@ -3,33 +3,25 @@
     results = run_distributed(2, "tests.dist.test_x:worker", {"tensor": 2})
 
 starts two processes with torchrun's environment; each imports `tests.dist.test_x` and calls
-`worker(tensor=2)`. What the ranks return comes back as a list, in rank order.
-
-Output goes to files and not to pipes: a process that outlives a crashed rank (megatron-core's checkpoint
-writer starts one) would keep a pipe open and the caller waiting. Each rank leads a session of its own, so
-that such leftovers can be found and killed by their process group.
+`worker(tensor=2)`. What the ranks return comes back as a list, in rank order. The processes are those of
+`megamm.parity.processes`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megamm.parity.processes import RankFailure, free_port, run_processes
+
+__all__ = ["ROOT", "DistributedError", "free_port", "run_distributed"]
+
 ROOT = Path(__file__).resolve().parents[2]
-_TAIL = 4000  # characters of a failed rank's log that are shown
 
 
 class DistributedError(AssertionError):
@@ -58,122 +50,11 @@ def run_distributed(
     Raises:
         DistributedError: a rank exited with an error, or the time was up.
     """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="megamm_dist_") as folder:
-        work = Path(folder)
-        (work / "args.json").write_text(json.dumps(dict(args or {})))
-        ranks: list[subprocess.Popen[bytes]] = []
         try:
-            port = str(free_port())
-            for rank in range(world_size):
-                ranks.append(_start(rank, world_size, target, work, port, dict(env or {})))
-            _wait(ranks, work, target, timeout)
-        finally:
-            _kill_groups(ranks)
-        return [torch.load(_result(work, rank), weights_only=False) for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback interface right now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def _start(
-    rank: int, world_size: int, target: str, work: Path, port: str, env: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    torchrun_env = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    with open(_log(work, rank), "wb") as log:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.dist.harness",
-                target,
-                str(work / "args.json"),
-                str(_result(work, rank)),
-            ],
-            cwd=ROOT,
-            env={**os.environ, **torchrun_env, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]], work: Path, target: str, timeout: float) -> None:
-    """Returns when every rank has finished well; raises at the first failure or when the time is up."""
-    deadline = time.monotonic() + timeout
-    running = dict(enumerate(ranks))
-    while running:
-        for rank, process in list(running.items()):
-            status = _exit_status(process)
-            if status is None:
-                continue
-            if status != 0:
-                raise DistributedError(
-                    f"{target}: rank {rank} of {len(ranks)} failed ({_describe(status)})\n{_tail(work, rank)}"
-                )
-            del running[rank]
-        if running and time.monotonic() > deadline:
-            tails = "\n".join(f"rank {rank}:\n{_tail(work, rank)}" for rank in sorted(running))
-            raise DistributedError(
-                f"{target}: no answer from rank {sorted(running)} of {len(ranks)} in {timeout:g} s\n{tails}"
-            )
-        time.sleep(0.02)
-
-
-def _exit_status(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit status, or None while it runs. Leaves the zombie: its id then stays that of the group."""
-    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if info is None:
-        return None
-    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def _kill_groups(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Kills every process of the ranks' groups (the ranks and what they left) and reaps the ranks."""
-    for process in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    for process in ranks:
-        process.wait()
-
-
-def _describe(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _tail(work: Path, rank: int) -> str:
-    return _log(work, rank).read_text(errors="replace")[-_TAIL:]
-
-
-def _log(work: Path, rank: int) -> Path:
-    return work / f"rank{rank}.log"
-
-
-def _result(work: Path, rank: int) -> Path:
-    return work / f"rank{rank}.pt"
-
-
-def _main(target: str, args_file: str, result_file: str) -> None:
-    """What each started process does."""
-    module, function = target.split(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(Path(args_file).read_text()))
-    torch.save(result, result_file)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+            environment = {"PYTHONPATH": path, **(env or {})}
+            files = run_processes(world_size, target, args or {}, Path(folder), timeout, environment)
+        except RankFailure as error:
+            raise DistributedError(str(error)) from None
+        return [torch.load(file, weights_only=False) for file in files]

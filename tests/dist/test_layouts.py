@@ -1,4 +1,4 @@
-"""Loss and every gradient of every layout equal those of one process (fp32)."""
+"""Layouts and the vocabulary: padding it and sharing it between stages. (All else: test_layout_table.py.)"""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dist.harness import run_distributed
+from tests.dist.tiny import KINDS
 from tests.dist.workers import whole_tensors
 
-ASSEMBLIES = ("merged", "cross_attention")
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {"parallel.tensor": 2}),
-    "tp2_sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
-    "dp2": (2, {"parallel.distributed_optimizer": True}),
-    "pp2": (2, {"parallel.pipeline": 2}),
-    "pp2_vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
-    "tp2_pp2_sp": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}),
-}
+ASSEMBLIES = tuple(KINDS)
 TOLERANCE = 1e-5  # of the largest element of a tensor
 
 
@@ -48,36 +42,27 @@ def reference() -> dict[str, dict[str, Any]]:
 
 def worst_difference(results: Results, expected: dict[str, Any]) -> tuple[float, str]:
     """Largest difference of a gradient relative to its largest element, and whose it is."""
+    gates = max((scale(want) for name, want in expected["gradients"].items() if is_gate(name)), default=0.0)
     differences = []
     for name, got in whole_tensors(results, "gradients").items():
         want = expected["gradients"][name]
+        if name.endswith("k_layernorm.bias"):
+            # what is added to all keys of a head changes no softmax: zero, but for rounding
+            assert max(scale(got), scale(want)) < 1e-7, name
+            continue
         got = got[: len(want)]  # a layout may pad the vocabulary further
-        differences.append((float((got - want).abs().max() / want.abs().max().clamp(min=1e-8)), name))
+        # a gate is one number, whose gradient is a sum that may cancel: it counts against the largest gate's
+        largest = gates if is_gate(name) else max(scale(want), 1e-8)
+        differences.append((scale(got - want) / largest, name))
     return max(differences)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_equal_one_process(layout: str) -> None:
-    for assembly, results in run(*LAYOUTS[layout]).items():
-        expected = reference()[assembly]
-        for result in results:
-            assert result["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
-            assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=TOLERANCE)
-        names = {name for result in results for name, *_ in result["gradients"]}
-        assert names == expected["gradients"].keys()
-        difference, name = worst_difference(results, expected)
-        assert difference <= TOLERANCE, f"{assembly}: gradient of {name} differs by {difference:.1e}"
+def scale(x: torch.Tensor) -> float:
+    return float(x.abs().max())
 
 
-@pytest.mark.parametrize("frozen", ["language", "vision"])
-def test_frozen_parts_have_no_gradient_and_change_no_other(frozen: str) -> None:
-    overrides = {"parallel.tensor": 2, "training.freeze": f"[{frozen}]"}
-    for assembly, results in run(2, overrides).items():
-        names = {name for result in results for name, *_ in result["gradients"]}
-        left_out = reference()[assembly]["gradients"].keys() - names
-        assert names and left_out and all(name.startswith(f"{frozen}.") for name in left_out)
-        assert not any(name.startswith(f"{frozen}.") and ".gated_" not in name for name in names)
-        assert worst_difference(results, reference()[assembly])[0] <= TOLERANCE
+def is_gate(name: str) -> bool:
+    return name.endswith("_gate")
 
 
 def test_indivisible_vocabulary_is_padded_without_changing_the_loss() -> None:
@@ -86,6 +71,15 @@ def test_indivisible_vocabulary_is_padded_without_changing_the_loss() -> None:
     shapes = {name: shape for name, shape, _, _ in result["gradients"]}
     assert shapes["language.output_layer.weight"][0] == 68
     assert result["loss"] == pytest.approx(reference()["merged"]["loss"], rel=1e-6)
+
+
+def test_a_real_vocabulary_that_four_ranks_cannot_share() -> None:
+    vocabulary = {"model.language.vocab_size": 32002, "model.language.num_kv_heads": 4}
+    alone = run(1, vocabulary, ("merged",))["merged"][0]
+    results = run(4, {**vocabulary, "parallel.tensor": 4}, ("merged",))
+    shapes = {name: shape for name, shape, _, _ in results["merged"][0]["gradients"]}
+    assert shapes["language.output_layer.weight"][0] == 32004
+    assert results["merged"][0]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 def test_tied_embeddings_across_pipeline_stages() -> None:

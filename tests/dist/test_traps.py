@@ -46,6 +46,15 @@ def test_dealt_images_need_their_gradients_shared() -> None:
         worst_difference(results, reference()["merged"])
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_norms_of_sharded_heads_need_their_gradients_summed(sequence: bool) -> None:
+    """In the resampler, where nothing is a shard of a sequence and no mark tells megatron."""
+    overrides = {"parallel.tensor": 2, "parallel.sequence": sequence}
+    results = run(2, overrides, ("idefics",), "without_summed_head_norms")["idefics"]
+    with pytest.raises(AssertionError, match=r"replicas of connector.*_layernorm\.\w+ differ"):
+        worst_difference(results, reference()["idefics"])
+
+
 def sharding_of_lists() -> dict[str, Any]:
     """Whole shape of a parallel linear below a ShardedModuleList and below a plain ModuleList."""
     import torch
@@ -66,7 +75,9 @@ def sharding_of_lists() -> dict[str, Any]:
 def test_parallel_linears_in_a_list_are_saved_whole() -> None:
     result = run_distributed(2, "tests.dist.test_traps:sharding_of_lists")[0]
     assert result["sharded"] == (32, 48)
-    assert result["plain"] == (16, 48), "megatron records plain ModuleLists correctly now: ShardedModuleList can go"
+    assert result["plain"] == (16, 48), (
+        "megatron records plain ModuleLists correctly now: ShardedModuleList can go"
+    )
 
 
 def resumed_steps(pipeline: int, freeze: list[str]) -> dict[str, Any]:
@@ -87,12 +98,11 @@ def resumed_steps(pipeline: int, freeze: list[str]) -> dict[str, Any]:
     shared = [tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     directory = Path(shared[0])
-    progress = checkpoint.Progress(2, 16)
-    checkpoint.save(
-        directory, progress, run_.models, run_.optimizer, run_.recipe, lambda d: d.mkdir(), run_.layout
-    )
+    checkpoints = run_.checkpoints(directory)
+    checkpoints.save(checkpoint.Progress(2, 16))
+    checkpoints.wait()
     again = Run(tiny_recipe("cross_attention", settings))
-    checkpoint.load_newest(directory, again.models, again.optimizer, again.recipe, again.layout, print)
+    again.checkpoints(directory).load_newest()
     after = _step_counts(again.optimizer)
     curves = [[run.step(step) for step in (2, 3)] for run in (run_, again)]
     groups.shutdown()

@@ -18,15 +18,36 @@ LENGTH = 24
 IMAGE_COUNTS = ([1, 2], [2, 0], [0, 0], [1, 1])
 
 
-def tiny_recipe(assembly: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A fp32 recipe of two samples per micro-batch and eight per step."""
-    merged = assembly == "merged"
+HEADS = {"num_heads": 4, "head_dim": 8}
+RESAMPLER = {"kind": "resampler", "num_latents": 4, "depth": 2, **HEADS}
+# the "model" section of each kind, apart from language model and vision encoder
+KINDS: dict[str, dict[str, Any]] = {
+    "merged": {"assembly": "merged", "connector": {"kind": "mlp"}},
+    "qformer": {
+        "assembly": "merged",
+        "connector": {"kind": "qformer", "num_latents": 4, "depth": 3, **HEADS, "flag_embeddings": True},
+    },
+    "cross_attention": {
+        "assembly": "cross_attention",
+        "connector": RESAMPLER,
+        "cross_attention": {"every": 2, **HEADS},
+    },
+    "idefics": {
+        "assembly": "cross_attention",
+        "connector": {**RESAMPLER, "activation": "relu", "qk_norm": True},
+        "cross_attention": {"geometry": "idefics", "every": 2, "qk_norm": True, "vector_gates": True},
+    },
+}
+
+
+def tiny_recipe(kind: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A fp32 recipe of two samples per micro-batch and eight per step, of one of KINDS."""
     raw = {
         "name": "tiny",
         "run_dir": "unused",
         "tokenizer": "unused",
         "model": {
-            "assembly": assembly,
+            **KINDS[kind],
             "language": {
                 "num_layers": 4,
                 "hidden_size": 64,
@@ -45,10 +66,6 @@ def tiny_recipe(assembly: str, overrides: dict[str, Any] | None = None) -> Recip
                 "num_heads": 4,
                 "mlp_width": 64,
             },
-            "connector": {"kind": "mlp"}
-            if merged
-            else {"kind": "resampler", "num_latents": 4, "depth": 2, "num_heads": 4, "head_dim": 8},
-            "cross_attention": {"every": 2, "num_heads": 4, "head_dim": 8},
         },
         "data": {"train": "unused", "sequence_length": LENGTH, "max_images": 2},
         "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
@@ -57,7 +74,9 @@ def tiny_recipe(assembly: str, overrides: dict[str, Any] | None = None) -> Recip
 
 
 def tiny_batch(recipe: Recipe, index: int) -> Batch:
-    """The index-th micro-batch, the same for every layout."""
+    """The index-th micro-batch, the same for every layout; packed if the recipe says so."""
+    if recipe.data.pack:
+        return _packed_batch(recipe, index)
     generator = torch.Generator().manual_seed(index)
     size, length = recipe.training.micro_batch_size, recipe.data.sequence_length
     counts = torch.tensor(IMAGE_COUNTS[index % len(IMAGE_COUNTS)])
@@ -78,4 +97,44 @@ def tiny_batch(recipe: Recipe, index: int) -> Batch:
         images=torch.randn(int(counts.sum()), 3, pixels, pixels, generator=generator),
         images_per_sample=counts,
         sample_ids=torch.arange(size) + index * size,
+    )
+
+
+# documents of a packed row: (length, images); what they leave of the row is padding
+DOCUMENTS = (
+    ((14, 1), (7, 0), (20, 1)),
+    ((24, 2), (5, 0), (19, 0)),
+    ((9, 0), (1, 0), (22, 0)),
+    ((16, 1), (12, 1), (3, 0), (12, 1)),
+)
+
+
+def _packed_batch(recipe: Recipe, index: int) -> Batch:
+    """One row of several documents: images in some, the first at its very start, and padding behind."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    length = recipe.training.micro_batch_size * recipe.data.sequence_length
+    layout = DOCUMENTS[index % len(DOCUMENTS)]
+    span = recipe.model.tokens_per_image
+    ids = torch.randint(IMAGE_ID + 1, VOCAB, (1, length), generator=generator)
+    labels = torch.randint(IMAGE_ID + 1, VOCAB, (1, length), generator=generator)
+    positions, start = torch.zeros(1, length, dtype=torch.int64), 0
+    for size, num_images in layout:
+        positions[0, start : start + size] = torch.arange(size)
+        for image in range(num_images):
+            first = start + image * 10
+            ids[0, first : first + span] = IMAGE_ID
+            labels[0, first : first + span] = IGNORE_INDEX
+        labels[0, start + size - 1] = IGNORE_INDEX
+        start += size
+    positions[0, start:] = torch.arange(length - start)
+    labels[0, start:] = IGNORE_INDEX
+    num_images, pixels = sum(n for _, n in layout), recipe.model.vision.image_size
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        images=torch.randn(num_images, 3, pixels, pixels, generator=generator),
+        images_per_sample=torch.tensor([num_images]),
+        sample_ids=torch.arange(len(layout)),
+        packed=True,
     )

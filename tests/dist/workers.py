@@ -14,8 +14,9 @@ from megamm.engine import checkpoint, groups
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megamm.engine.pipeline import forward_backward
 from megamm.engine.weights import initialize, named_shards
+from megamm.models.freezing import part_of
 from megamm.models.initialization import weight_drawer
-from megamm.models.vlm import build_model, part_of
+from megamm.models.vlm import build_model
 from tests.dist.tiny import IMAGE_ID, tiny_batch, tiny_recipe
 
 
@@ -46,6 +47,12 @@ def without_shared_encoder_gradients(models: list[Any]) -> None:
             parameter.average_gradients_across_tp_domain = False
 
 
+def without_summed_head_norms(models: list[Any]) -> None:
+    """Keep each rank's own gradient of the norms over a head's queries and keys, of its own heads."""
+    for model in models:
+        model.config.qk_layernorm = False
+
+
 SABOTAGE: dict[str, Callable[[list[Any]], None]] = {
     f.__name__: f
     for f in (
@@ -53,6 +60,7 @@ SABOTAGE: dict[str, Callable[[list[Any]], None]] = {
         without_sequence_parallel_marks,
         without_tensor_parallel_marks,
         without_shared_encoder_gradients,
+        without_summed_head_norms,
     )
 }
 
@@ -71,6 +79,11 @@ class Run:
         self.optimizer = build_optimizer(self.wrapped, recipe, self.layout)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, recipe.training.steps)
 
+    def checkpoints(self, directory: Path, report: Callable[[str], None] = print) -> checkpoint.Checkpoints:
+        """The checkpoints in `directory`, of this run."""
+        state = (self.models, self.optimizer, self.recipe)
+        return checkpoint.Checkpoints(directory, *state, lambda d: d.mkdir(), self.layout, report)
+
     def forward_backward(self, step: int) -> float:
         """Loss of a step; gradients stay in the buffers."""
         for model in self.wrapped:
@@ -80,7 +93,7 @@ class Run:
         per_step = training.global_batch_size // training.micro_batch_size
         mine = range(step * per_step + self.layout.dp_rank, (step + 1) * per_step, dp_size)
         batches = [tiny_batch(self.recipe, i) for i in mine]
-        return forward_backward(self.wrapped, batches, self.layout, self.recipe.data.sequence_length)
+        return forward_backward(self.wrapped, batches, self.layout)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, gradient norm)."""
@@ -91,11 +104,12 @@ class Run:
 
     def gather_gradients(self) -> None:
         """The distributed optimizer leaves each data-parallel rank its part of the reduced gradients."""
+        group = self.layout.collection.dp_cp
         for model in self.wrapped:
             for buffer in model.buffers:
                 for bucket in buffer.buckets:
-                    mine = bucket.grad_data.chunk(self.layout.dp_size)[self.layout.dp_rank].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=self.layout.collection.dp)
+                    mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
     def shards(self, select: Callable[[Any], Any] | None = None) -> list[Any]:
         """(name, whole shape, index, data) of this rank's parameters or of what `select` takes of them."""
@@ -112,40 +126,55 @@ def _draw_open_gates(recipe: Recipe) -> Callable[[str, tuple[int, ...]], torch.T
     return lambda name, shape: draw(name, shape) + (0.5 if name.endswith("_gate") else 0.0)
 
 
+def gradients_of(run: Run) -> list[Any]:
+    """The shards of all gradients, after the backward pass."""
+    if run.recipe.parallel.distributed_optimizer:
+        run.gather_gradients()
+    return run.shards(lambda p: getattr(p, "main_grad", None))
+
+
 def one_step(assembly: str, overrides: dict[str, Any], sabotage: str | None = None) -> dict[str, Any]:
     """Loss, gradients and gradient norm of the first step."""
     run = Run(tiny_recipe(assembly, overrides), sabotage)
     loss = run.forward_backward(0)
-    if run.recipe.parallel.distributed_optimizer:
-        run.gather_gradients()
-    gradients = run.shards(lambda p: getattr(p, "main_grad", None))
+    gradients = gradients_of(run)
     _, grad_norm, _ = run.optimizer.step()
     return {"loss": loss, "gradients": gradients, "grad_norm": float(grad_norm)}
 
 
-def one_step_each(assemblies: list[str], overrides: dict[str, Any], sabotage: str | None = None) -> dict[str, Any]:
+def one_step_each(
+    assemblies: list[str], overrides: dict[str, Any], sabotage: str | None = None
+) -> dict[str, Any]:
     """`one_step` for several assemblies: starting processes takes longer than running them."""
     results = {assembly: one_step(assembly, overrides, sabotage) for assembly in assemblies}
     groups.shutdown()
     return results
 
 
-def save_after(assembly: str, overrides: dict[str, Any], directory: str, steps: int, more: int) -> dict[str, Any]:
+def one_step_of_cases(cases: dict[str, list[Any]], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`one_step` of each (kind, overrides) in one layout."""
+    results = {name: one_step(kind, {**own, **overrides}) for name, (kind, own) in cases.items()}
+    groups.shutdown()
+    return results
+
+
+def save_after(
+    assembly: str, overrides: dict[str, Any], directory: str, steps: int, more: int
+) -> dict[str, Any]:
     """Train `steps`, save, train `more`."""
     run = Run(tiny_recipe(assembly, overrides))
     for step in range(steps):
         run.step(step)
-    progress = checkpoint.Progress(steps, steps * run.recipe.training.global_batch_size)
-    checkpoint.save(
-        Path(directory), progress, run.models, run.optimizer, run.recipe, lambda d: d.mkdir(), run.layout
-    )
+    checkpoints = run.checkpoints(Path(directory))
+    checkpoints.save(checkpoint.Progress(steps, steps * run.recipe.training.global_batch_size))
+    checkpoints.wait()
     return _go_on(run, steps, more)
 
 
 def load_and_go_on(assembly: str, overrides: dict[str, Any], directory: str, more: int) -> dict[str, Any]:
     """Load the newest checkpoint into another layout and train `more` steps."""
     run = Run(tiny_recipe(assembly, {"seed": 99, **overrides}))  # other weights than the saved ones
-    progress = checkpoint.load_newest(Path(directory), run.models, run.optimizer, run.recipe, run.layout, print)
+    progress = run.checkpoints(Path(directory)).load_newest()
     assert progress is not None
     run.schedule.step(progress.step)
     return _go_on(run, progress.step, more)
@@ -178,7 +207,9 @@ def whole_tensors(results: list[dict[str, Any]], key: str) -> dict[str, torch.Te
             piece = data.reshape(tensor[index].shape)
             known = tensor[index]
             if not known.isnan().any():
-                torch.testing.assert_close(piece, known, rtol=1e-5, atol=1e-7, msg=f"replicas of {name} differ")
+                torch.testing.assert_close(
+                    piece, known, rtol=1e-5, atol=1e-7, msg=f"replicas of {name} differ"
+                )
             tensor[index] = piece
     for name, tensor in whole.items():
         assert not tensor.isnan().any(), f"{name}: no rank holds all of it"

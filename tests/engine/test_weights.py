@@ -12,7 +12,7 @@ from megamm.engine import checkpoint, groups
 from megamm.engine.groups import Groups
 from megamm.engine.weights import named_shards
 from megamm.errors import InputError
-from megamm.models.vlm import part_of
+from megamm.models.freezing import part_of
 from tests.dist.tiny import tiny_recipe
 from tests.one_process import CPU, build, whole
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import decoder_config
 from megamm.layers.attention import SDPACoreAttention
+from megamm.layers.documents import documents
 from tests.dist.tiny import tiny_recipe
 
 HEAD_DIM = 16  # of the tiny decoder, which has 4 heads
@@ -78,13 +79,17 @@ def test_few_queries_are_the_last_positions(window: Any, layout: Groups) -> None
     torch.testing.assert_close(ours(q[-3:], k, v, None), ours(q, k, v, None)[-3:], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", ["null", 4])
+def test_documents_attend_to_themselves_alone(window: Any, layout: Groups) -> None:
+    ours, _ = both(config_of(sliding_window=window), layout, AttnMaskType.causal)
+    q, k, v = inputs(12, 12, 1)
+    lengths = (5, 1, 6)
+    together = ours(q, k, v, None, packed_seq_params=documents(lengths, q.device, thd=False))
+    alone = [ours(*(x[start : start + n] for x in (q, k, v)), None) for start, n in ((0, 5), (5, 1), (6, 6))]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_what_it_cannot_do_is_refused(layout: Groups) -> None:
     ours, _ = both(config_of(), layout, AttnMaskType.causal)
     with pytest.raises(NotImplementedError):
         ours(*inputs(4, 4, 2), None, attention_bias=torch.zeros(4, 4))
-    with pytest.raises(NotImplementedError):
-        ours(*inputs(4, 4, 2), None, packed_seq_params=object())
-    config = config_of()
-    config.context_parallel_size = 2
-    with pytest.raises(ValueError, match="context parallelism"):
-        both(config, layout, AttnMaskType.causal)

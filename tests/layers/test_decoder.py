@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,20 @@ def test_loss_is_cross_entropy(layout: Groups) -> None:
     carries_loss = batch.labels != IGNORE_INDEX
     assert 10 < carries_loss.sum() < carries_loss.numel()
     torch.testing.assert_close(losses[carries_loss], wanted[carries_loss], atol=1e-6, rtol=1e-5)
-    assert losses.isfinite().all()  # the others are left out by the caller
+    assert not losses[~carries_loss].any()
+
+
+def test_only_positions_with_a_label_reach_the_output_layer(layout: Groups) -> None:
+    recipe = tiny_recipe("merged")
+    model, batch = build(recipe, layout), tiny_batch(recipe, 0)
+    rows: list[int] = []
+    model.language.output_layer.register_forward_hook(lambda module, args, out: rows.append(out[0].shape[0]))
+    losses = model(batch)
+    assert rows == [int((batch.labels != IGNORE_INDEX).sum())] and rows[0] < 0.9 * batch.labels.numel()
+    assert not losses[batch.labels == IGNORE_INDEX].any()
+    # without any label there is still a graph, so that no rank waits for another's gradients
+    model(replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))).sum().backward()
+    assert rows[1] == 1 and all(p.grad is not None for p in model.connector.parameters())
 
 
 def test_tied_embeddings_are_one_weight(layout: Groups) -> None:

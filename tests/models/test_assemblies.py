@@ -10,10 +10,13 @@ import torch
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.engine.groups import Groups
 from megamm.errors import InputError
-from megamm.models.vlm import CrossAttentionModel, MergedModel, part_of
+from megamm.models.freezing import part_of
+from megamm.models.vlm import CrossAttentionModel, MergedModel
 from tests.dist.tiny import IMAGE_ID, LENGTH, VOCAB, tiny_recipe
 from tests.one_process import build, merge_rows, whole
 
+# positions that an image takes
+SPANS = [("merged", 4), ("qformer", 6), ("cross_attention", 1), ("idefics", 1)]
 # of image 1 and image 2 in the cross-attention batches below
 FIRST, SECOND = 4, 13
 
@@ -80,8 +83,8 @@ def test_closed_gates_leave_the_language_model_as_it_was(layout: Groups) -> None
 def test_media_mask(cross: CrossAttentionModel) -> None:
     """The drawing in the class's docstring, written out."""
     ids = torch.tensor([[9, IMAGE_ID, 8, 7, IMAGE_ID, 6], [9, 8, 7, 6, IMAGE_ID, 5], [4, 5, 6, 7, 8, 9]])
-    batch = replace(batch_of([2, 1, 0], span=1), input_ids=ids)
-    mask = cross._media_mask(ids == IMAGE_ID, batch)
+    batch = replace(batch_of([2, 1, 0], span=1), input_ids=ids, position_ids=torch.arange(6).expand(3, -1))
+    mask = cross._media_mask(ids == IMAGE_ID, batch).attend
     latents = cross.model_config.connector.num_latents
     assert mask.shape == (3, 1, 6, 2 * latents)
     seen = mask[:, 0].view(3, 6, 2, latents)
@@ -96,7 +99,7 @@ def test_media_mask(cross: CrossAttentionModel) -> None:
 def test_an_image_reaches_its_own_text_only(cross: CrossAttentionModel) -> None:
     """One gated block, before self-attention carries anything further: bit for bit."""
     batch = batch_of([2], span=1)
-    mask = cross._media_mask(cross.check_images(batch, 1), batch)
+    mask = cross._media_mask(cross.check_images(batch, 1), batch).attend
     block = cross.language.decoder.layers[1].gated_cross_attention
     x, media = torch.randn(LENGTH, 1, 64), torch.randn(8, 1, 48)
     before = block(x, media, mask)
@@ -135,9 +138,10 @@ def test_a_sample_does_not_depend_on_the_others(cross: CrossAttentionModel) -> N
 
 
 @torch.no_grad()
-def test_image_embeddings_take_the_places_of_their_placeholders(merged: MergedModel) -> None:
+@pytest.mark.parametrize(("kind", "span"), SPANS[:2])
+def test_image_embeddings_take_the_places_of_their_placeholders(kind: str, span: int, layout: Groups) -> None:
     """Compared with sequences put together by hand, sample by sample."""
-    span = 4
+    merged = build(tiny_recipe(kind), layout).eval()
     batch = batch_of([2, 0, 1], span)
     embeddings = merged.connector(merged.vision(batch.images))
     rows = []
@@ -171,7 +175,7 @@ def test_merged_is_causal(merged: MergedModel, index: int, first_changed: int) -
 # --- both ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("assembly", "span"), [("merged", 4), ("cross_attention", 1)])
+@pytest.mark.parametrize(("assembly", "span"), SPANS)
 def test_a_text_only_batch_trains_without_images(assembly: str, span: int, layout: Groups) -> None:
     """The encoder still runs, so that every trained parameter has a gradient: zero."""
     model = build(tiny_recipe(assembly), layout)
@@ -185,11 +189,11 @@ def test_a_text_only_batch_trains_without_images(assembly: str, span: int, layou
         if part_of(name) in ("vision", "connector"):
             assert gradient.abs().max() == 0, name
     with torch.no_grad():
-        if assembly == "merged":
+        if isinstance(model, MergedModel):
             assert torch.equal(model(batch, return_logits=True), text_logits(model, batch))
 
 
-@pytest.mark.parametrize(("assembly", "span"), [("merged", 4), ("cross_attention", 1)])
+@pytest.mark.parametrize(("assembly", "span"), SPANS)
 def test_placeholders_and_images_must_agree(assembly: str, span: int, layout: Groups) -> None:
     model = build(tiny_recipe(assembly), layout)
     batch = batch_of([1, 2], span)

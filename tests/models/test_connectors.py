@@ -1,20 +1,26 @@
-"""Projector, resampler and gated block against plain-torch reimplementations from the papers."""
+"""Projector, resampler and gated block against plain-torch reimplementations from the papers; sizes and
+names of the Q-Former and of IDEFICS' geometry (whose parity with transformers is tests/parity's)."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megamm.config import Recipe
+from megamm.config import ConnectorConfig, CrossAttentionConfig, Recipe
 from megamm.engine.groups import Groups
+from megamm.engine.transformer_config import decoder_config
+from megamm.layers.backend import backend_by_name
 from megamm.layers.cross_attention import GatedCrossAttention
 from megamm.models.projector import MLPProjector
+from megamm.models.qformer import QFormer
 from megamm.models.resampler import PerceiverResampler
 from tests.dist.tiny import tiny_recipe
-from tests.one_process import build
+from tests.one_process import build, whole
 
 NUM_HEADS, HEAD_DIM = 4, 8
 NUM_IMAGES, NUM_FEATURES, WIDTH, HIDDEN = 3, 5, 48, 64
@@ -146,3 +152,132 @@ def test_gradients_of_a_position_without_media_are_finite(recipe: Recipe, layout
     mask[..., -1, 2] = True
     block(x, media, mask).sum().backward()
     assert media.grad[2].abs().max() > 0 and media.grad[[0, 1, 3, 4, 5]].abs().max() == 0
+
+
+# --- InfiMM: samples without images pass the blocks unchanged -----------------------------------------
+
+
+def skipping_recipe() -> Recipe:
+    return tiny_recipe("cross_attention", {"model.cross_attention.skip_text_only": True})
+
+
+def test_text_only_samples_skip_the_block(recipe: Recipe, layout: Groups) -> None:
+    """Bit for bit, and without a gradient to the block; samples with an image are as before."""
+    plain = gated_block(recipe, layout)
+    skipping = gated_block(skipping_recipe(), layout)
+    x, media = torch.randn(4, 3, HIDDEN), torch.randn(6, 3, WIDTH)
+    mask = torch.ones(3, 1, 4, 6, dtype=torch.bool)
+    mask[1], mask[2, :, :2] = False, False  # no image at all; none before position 2
+    without, found = plain(x, media, mask), skipping(x, media, mask)
+    assert torch.equal(found[:, 1], x[:, 1]) and not torch.equal(without[:, 1], x[:, 1])
+    assert torch.equal(found[:, [0, 2]], without[:, [0, 2]])
+    found[:, 1].sum().backward()
+    for name, parameter in skipping.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
+
+
+def test_the_caller_can_say_which_positions_skip_the_block(layout: Groups) -> None:
+    """Of a packed row, the documents without images."""
+    block = gated_block(skipping_recipe(), layout)
+    x, media = torch.randn(4, 1, HIDDEN), torch.randn(6, 1, WIDTH)
+    mask = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
+    mask[:, :, 1] = True
+    keep = torch.tensor([True, True, False, False])[:, None, None]
+    found, everywhere = block(x, media, mask, keep), block(x, media, mask)
+    assert torch.equal(found[2:], x[2:]) and torch.equal(found[:2], everywhere[:2])
+    assert not torch.equal(everywhere[2:], x[2:])
+
+
+# --- names and sizes ----------------------------------------------------------------------------------
+
+
+def attention_shapes(width: int, context: int, inner: int) -> dict[str, tuple[int, ...]]:
+    weights = {"to_q": (inner, width), "to_kv": (2 * inner, context), "to_out": (width, inner)}
+    return {f"{name}.weight": shape for name, shape in weights.items()}
+
+
+def test_names_and_shapes_of_the_qformer(layout: Groups) -> None:
+    """The names in checkpoints are a format: changing one breaks everybody's files."""
+    expected: dict[str, tuple[int, ...]] = {
+        "queries": (4, 32),
+        "proj.weight": (HIDDEN, 32),
+        "proj.bias": (HIDDEN,),
+        "flag_start": (HIDDEN,),
+        "flag_end": (HIDDEN,),
+    }
+    norms = {"norm_vision": WIDTH, "norm_queries": 32}
+    for n in range(3):
+        linears = {"feed_forward.linear_1.weight": (128, 32), "feed_forward.linear_2.weight": (32, 128)}
+        for part, context in (("self", 32), ("cross", WIDTH))[: 1 if n == 1 else 2]:
+            shapes = attention_shapes(32, context, 32)
+            linears |= {f"{part}_attention.{name}": shape for name, shape in shapes.items()}
+            norms[f"layers.{n}.{part}_attention_norm"] = 32
+        norms[f"layers.{n}.feed_forward_norm"] = 32
+        biases = {name.replace("weight", "bias"): shape[:1] for name, shape in linears.items()}
+        expected |= {f"layers.{n}.{name}": shape for name, shape in (linears | biases).items()}
+    expected |= {f"{name}.{kind}": (size,) for name, size in norms.items() for kind in ("weight", "bias")}
+    tensors = whole(build(tiny_recipe("qformer"), layout))
+    found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("connector.")}
+    assert found == {f"connector.{name}": shape for name, shape in expected.items()}
+
+
+def test_names_and_shapes_of_idefics(layout: Groups) -> None:
+    tensors = whole(build(tiny_recipe("idefics"), layout))
+    block = {
+        "attention_norm.weight": (HIDDEN,),
+        **{f"attention.{name}": shape for name, shape in attention_shapes(HIDDEN, WIDTH, HIDDEN).items()},
+        "attention.q_layernorm.weight": (16,),
+        "attention.k_layernorm.weight": (16,),
+        "feed_forward_norm.weight": (HIDDEN,),
+        "feed_forward.linear_fc1.weight": (2 * 96, HIDDEN),
+        "feed_forward.linear_fc2.weight": (HIDDEN, 96),
+        "attention_gate": (HIDDEN,),
+        "feed_forward_gate": (HIDDEN,),
+    }
+    prefix = "language.decoder.layers.{}.gated_cross_attention.{}"
+    found = {name: tuple(t.shape) for name, t in tensors.items() if ".gated_cross_attention." in name}
+    assert found == {prefix.format(n, name): shape for n in (0, 2) for name, shape in block.items()}
+    norms = {name: tuple(t.shape) for name, t in tensors.items() if re.match(r"connector.*_layernorm", name)}
+    assert len(norms) == 2 * 4 and set(norms.values()) == {(HEAD_DIM,)}
+
+
+def size(build_on_meta: Callable[[], torch.nn.Module]) -> tuple[int, int]:
+    """Parameters in all, and those trained."""
+    with torch.device("meta"):
+        parameters = list(build_on_meta().parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@pytest.mark.parametrize(("vision_width", "bert"), [(1024, 101_598_720), (1408, 105_137_664)])
+@pytest.mark.parametrize("num_queries", [32, 64])
+def test_published_size_of_the_qformer(
+    vision_width: int, bert: int, num_queries: int, recipe: Recipe, layout: Groups
+) -> None:
+    """Of BERT base with cross-attention in every other layer; queries, norm of the features, and linear
+    into InternLM-7B around it."""
+    connector = ConnectorConfig(
+        "qformer", num_latents=num_queries, depth=12, num_heads=12, head_dim=64, flag_embeddings=True
+    )
+    config, tp_group = decoder_config(recipe), layout.collection.tp
+    total, trained = size(lambda: QFormer(config, connector, vision_width, 4096, "local", tp_group))
+    assert trained == bert + num_queries * 768 + 2 * vision_width + 3_149_824
+    assert total == trained + 2 * 4096
+
+
+def test_published_size_of_idefics_block(layout: Groups) -> None:
+    """Of LLaMA-65B on features of ViT-bigG/14."""
+    sizes = {"num_heads": 64, "num_kv_heads": 64, "hidden_size": 8192, "ffn_hidden_size": 22016}
+    recipe = tiny_recipe("idefics", {f"model.language.{key}": value for key, value in sizes.items()})
+    config, backend = decoder_config(recipe), backend_by_name("local")
+    geometry, group = CrossAttentionConfig(geometry="idefics"), layout.collection.tp
+    total, _ = size(lambda: GatedCrossAttention(config, backend, geometry, 1664, group))
+    assert total == 702_562_306
+
+
+@pytest.mark.parametrize("section", ["connector", "cross_attention"])
+def test_either_norm_of_heads_has_its_gradients_summed(section: str) -> None:
+    """What tests/dist/test_traps.py shows to be needed, where only one part of the model has such norms."""
+    other = {"connector": "cross_attention", "cross_attention": "connector"}[section]
+    recipe = tiny_recipe("idefics", {f"model.{other}.qk_norm": False})
+    assert decoder_config(recipe).qk_layernorm
+    assert not decoder_config(tiny_recipe("cross_attention")).qk_layernorm

@@ -13,16 +13,14 @@ from megamm.engine.groups import Groups
 from megamm.engine.weights import initialize
 from megamm.models.initialization import initialization_table, weight_drawer
 from megamm.models.vlm import build_model
-from tests.dist.tiny import IMAGE_ID, tiny_recipe
+from tests.dist.tiny import IMAGE_ID, KINDS, tiny_recipe
 from tests.one_process import whole
 
-ASSEMBLIES = ["merged", "cross_attention"]
 
-
-def drawn(assembly: str, layout: Groups, seed: int = 1, **overrides: Any) -> dict[str, torch.Tensor]:
+def drawn(kind: str, layout: Groups, seed: int = 1, **overrides: Any) -> dict[str, torch.Tensor]:
     """All weights of a model that was full of NaN before; `overrides` are keys of its "model" section."""
     changes = {f"model.{key.replace('__', '.')}": value for key, value in overrides.items()}
-    recipe = tiny_recipe(assembly, {"seed": seed} | changes)
+    recipe = tiny_recipe(kind, {"seed": seed} | changes)
     models = build_model(recipe, layout, "local", IMAGE_ID)
     with torch.no_grad():
         for parameter in models[0].parameters():
@@ -34,16 +32,16 @@ def drawn(assembly: str, layout: Groups, seed: int = 1, **overrides: Any) -> dic
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(layout: Groups) -> None:
     recipe = tiny_recipe("cross_attention")
-    names = {name for assembly in ASSEMBLIES for name in drawn(assembly, layout)}
-    assert len(names) > 80
+    names = {name for kind in KINDS for name in drawn(kind, layout)}
+    assert len(names) > 150
     patterns = [pattern for pattern, _ in initialization_table(recipe.model)]
     first = {name: next(p for p in patterns if re.fullmatch(p, name)) for name in names}
     assert set(first.values()) == set(patterns)
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
-def test_a_seed_decides_all_weights(assembly: str, layout: Groups) -> None:
-    one, again, other = (drawn(assembly, layout, seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_decides_all_weights(kind: str, layout: Groups) -> None:
+    one, again, other = (drawn(kind, layout, seed) for seed in (1, 1, 2))
     assert sorted(one) == sorted(again) == sorted(other)
     for name, tensor in one.items():
         assert torch.equal(tensor, again[name]), name
@@ -53,10 +51,10 @@ def test_a_seed_decides_all_weights(assembly: str, layout: Groups) -> None:
     assert len({tuple(values.tolist()) for values in random}) == len(random) > 20  # no two alike
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
-def test_norms_are_one_biases_and_gates_zero(assembly: str, layout: Groups) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_one_biases_and_gates_zero(kind: str, layout: Groups) -> None:
     ones, zeros = 0, 0
-    for name, tensor in drawn(assembly, layout).items():
+    for name, tensor in drawn(kind, layout).items():
         if re.search(r"norm\w*[._]weight$", name):
             assert torch.equal(tensor, torch.ones_like(tensor)), name
             ones += 1
@@ -108,6 +106,27 @@ def test_spreads_of_the_projector(layout: Groups) -> None:
     weights = drawn("merged", layout)
     has_spread(weights["connector.linear_1.weight"], 1 / math.sqrt(48), "linear_1")
     has_spread(weights["connector.linear_2.weight"], 1 / math.sqrt(64), "linear_2")
+
+
+def test_spreads_of_the_qformer(layout: Groups) -> None:
+    weights = drawn("qformer", layout, connector__latent_std=0.02)
+    expected = {
+        "queries": 0.02,
+        "flag_start": 0.05,  # as token embeddings
+        "flag_end": 0.05,
+        "layers.0.cross_attention.to_kv.weight": 1 / math.sqrt(48),
+        "layers.1.self_attention.to_out.weight": 1 / math.sqrt(32),
+        "layers.2.feed_forward.linear_2.weight": 1 / math.sqrt(128),
+        "proj.weight": 1 / math.sqrt(32),
+    }
+    for name, wanted in expected.items():
+        has_spread(weights[f"connector.{name}"], wanted, name)
+
+
+def test_spreads_of_idefics(layout: Groups) -> None:
+    weights, block = drawn("idefics", layout), "language.decoder.layers.2.gated_cross_attention."
+    has_spread(weights[f"{block}feed_forward.linear_fc1.weight"], 1 / math.sqrt(64), "linear_fc1")
+    has_spread(weights[f"{block}feed_forward.linear_fc2.weight"], 1 / math.sqrt(96), "linear_fc2")
 
 
 @pytest.mark.parametrize(

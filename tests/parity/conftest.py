@@ -6,6 +6,9 @@ import pytest
 
 from megamm.data.tokenizer import Tokenizer
 from tests.convert.helpers import train_tiny_tokenizer
+from tests.one_process import layout
+
+__all__ = ["layout"]
 
 
 @pytest.fixture(scope="session")

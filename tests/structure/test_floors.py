@@ -17,7 +17,7 @@ FLOORS = [
     {"layers"},
     {"models", "data"},
     {"convert", "planning", "inference"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "parity"},
     {"cli"},
     {"__main__"},
 ]

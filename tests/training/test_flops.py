@@ -67,6 +67,18 @@ def test_vision(trained: bool, feature_layer: int) -> None:
         assert flops_by_part(r, LENGTH, 3)["vision"] == counted(lambda: tower(images))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_vision_trained_from_a_block_on(first: int) -> None:
+    r = recipe("training.freeze=[vision]", f"training.unfreeze.vision={first}")
+    tower = VisionTransformer(r.model.vision).requires_grad_(False)
+    tower.blocks[first:].requires_grad_(True)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    images = torch.randn(3, 3, VISION["image_size"], VISION["image_size"])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert flops_by_part(r, LENGTH, 3)["vision"] == counted(lambda: tower(images))
+
+
 @pytest.mark.parametrize("freeze", [[], ["vision"], ["connector"], ["vision", "connector"]])
 def test_projector(freeze: list[str]) -> None:
     r = recipe(f"training.freeze={freeze}")
@@ -143,25 +155,80 @@ def test_resampler(freeze: list[str]) -> None:
     assert flops_by_part(r, LENGTH, 3)["connector"] == measured + unneeded
 
 
-def plain_decoder(r: Recipe, media: torch.Tensor, freeze: list[str]) -> torch.Tensor:
-    """A decoder with gated blocks as bare matrix products; scores are not masked."""
+def plain_qformer(r: Recipe, features: torch.Tensor, own: bool) -> torch.Tensor:
+    """The Q-Former's matrix products written out, post-norm, with the graph structure of the real one."""
+    c, vision_width = r.model.connector, r.model.vision.width
+    width = c.num_heads * c.head_dim
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, requires_grad=own)
+
+    def attend(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        k, v = (context @ weight(context.shape[-1], 2 * width)).chunk(2, dim=-1)
+        return (((x @ weight(width, width)) @ k.mT).softmax(-1) @ v) @ weight(width, width)
+
+    queries = weight(1, c.num_latents, width).expand(features.shape[0], -1, -1)
+    features = features * weight(vision_width)
+    for layer in range(c.depth):
+        queries = (queries + attend(queries, queries)) * weight(width)
+        if layer % c.cross_every == 0:
+            queries = (queries + attend(queries, features)) * weight(width)
+        inner = (queries @ weight(width, c.ffn_multiple * width)).relu()
+        queries = (queries + inner @ weight(c.ffn_multiple * width, width)) * weight(width)
+    return queries @ weight(width, r.model.language.hidden_size)
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision"], ["connector"], ["vision", "connector"]])
+@pytest.mark.parametrize("cross_every", [1, 2])
+def test_qformer(cross_every: int, freeze: list[str]) -> None:
+    sizes = {"num_latents": 10, "depth": 3, "num_heads": 5, "head_dim": 16, "ffn_multiple": 3}
+    keys = {"kind": "qformer", "cross_every": cross_every, "flag_embeddings": True, **sizes}
+    r = recipe(
+        *(f"model.connector.{key}={value}" for key, value in keys.items()), f"training.freeze={freeze}"
+    )
+    vision, c = r.model.vision, r.model.connector
+    features = torch.randn(3, vision.num_features, vision.width, requires_grad="vision" not in freeze)
+    measured = counted(lambda: plain_qformer(r, features, "connector" not in freeze))
+    unneeded = 0.0
+    if freeze == ["connector"]:  # the first queries are constant: their scores need no query gradient
+        unneeded = 3 * 2 * c.num_latents * vision.num_features * c.num_heads * c.head_dim
+    assert flops_by_part(r, LENGTH, 3)["connector"] == measured + unneeded
+
+
+def plain_decoder(
+    r: Recipe, media: torch.Tensor, freeze: list[str], first: int | None = None
+) -> torch.Tensor:
+    """A decoder with gated blocks as bare matrix products; scores are not masked.
+
+    Args:
+        first: layer from which on the language model is trained although it is frozen.
+    """
     m, c = r.model.language, r.model.cross_attention
-    hidden, inner, kv = m.hidden_size, c.num_heads * c.head_dim, (m.num_kv_heads or 0) * m.head_dim
-    ffn = c.ffn_multiple * hidden
+    hidden, kv = m.hidden_size, (m.num_kv_heads or 0) * m.head_dim
+    idefics = c.geometry == "idefics"
+    inner = hidden if idefics else c.num_heads * c.head_dim
+    trained = "language" not in freeze
 
     def language(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, requires_grad="language" not in freeze)
+        return torch.randn(*shape, requires_grad=trained)
 
     def gated(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, requires_grad="cross_attention" not in freeze)
 
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        if not idefics:
+            return (x @ gated(hidden, c.ffn_multiple * hidden)) @ gated(c.ffn_multiple * hidden, hidden)
+        gate, up = (x @ gated(hidden, 2 * m.ffn_hidden_size)).chunk(2, dim=-1)
+        return (gate * up) @ gated(m.ffn_hidden_size, hidden)
+
     x = language(1, LENGTH, hidden)
     for layer in range(m.num_layers):
-        if (layer + 1) % c.every == 0:
+        trained = trained or (first is not None and layer >= first)
+        if layer % c.every == 0 if idefics else (layer + 1) % c.every == 0:
             normed = x * gated(hidden)
             k, v = (media @ gated(r.model.vision.width, 2 * inner)).chunk(2, dim=-1)
             x = x + (((normed @ gated(hidden, inner)) @ k.mT).softmax(-1) @ v) @ gated(inner, hidden)
-            x = x + ((x * gated(hidden)) @ gated(hidden, ffn)) @ gated(ffn, hidden)
+            x = x + feed_forward(x * gated(hidden))
         normed = x * language(hidden)
         q, k, v = (normed @ language(hidden, hidden + 2 * kv)).split([hidden, kv, kv], dim=-1)
         groups = hidden // kv
@@ -192,6 +259,37 @@ def test_cross_attention_decoder(freeze: list[str], layers_crossed: int) -> None
     square = 2 * LENGTH * LENGTH * r.model.language.hidden_size
     other_half = square * (3 * layers_crossed + r.model.language.num_layers - layers_crossed)
     assert parts["cross_attention"] + parts["language"] + parts["head"] + other_half == measured
+
+
+@pytest.mark.parametrize("freeze", [["vision"], ["vision", "language"], ["vision", "language", "connector"]])
+def test_idefics_decoder(freeze: list[str]) -> None:
+    """The first block stands before the first layer, so gradients cross all layers."""
+    overrides = ["model.assembly=cross_attention", "model.connector.kind=resampler"]
+    blocks = ["model.cross_attention.geometry=idefics", "model.cross_attention.every=3"]
+    r = recipe(*overrides, *blocks, f"training.freeze={freeze}")
+    media = torch.randn(1, r.model.connector.num_latents, r.model.vision.width)
+    media.requires_grad_("connector" not in freeze)
+    parts = flops_by_part(r, LENGTH, 1)
+    other_half = 2 * LENGTH * LENGTH * r.model.language.hidden_size * 3 * r.model.language.num_layers
+    counts = parts["cross_attention"] + parts["language"] + parts["head"] + other_half
+    assert counts == counted(lambda: plain_decoder(r, media, freeze))
+
+
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_language_model_trained_from_a_layer_on(first: int) -> None:
+    overrides = ["model.assembly=cross_attention", "model.connector.kind=resampler"]
+    freeze = ["vision", "connector", "language", "cross_attention"]
+    settings = [f"training.freeze={freeze}", f"training.unfreeze.language={first}"]
+    r = recipe(*overrides, "model.cross_attention.every=4", *settings)
+    media = torch.randn(1, r.model.connector.num_latents, r.model.vision.width)
+    parts, crossed = flops_by_part(r, LENGTH, 1), r.model.language.num_layers - first
+    other_half = 2 * LENGTH * LENGTH * r.model.language.hidden_size * (3 * crossed + first)
+    counts = parts["cross_attention"] + parts["language"] + parts["head"] + other_half
+    unneeded = 0.0
+    if first < 3:  # keys and values of the frozen block before layer 3 are constant
+        inner = r.model.cross_attention.num_heads * r.model.cross_attention.head_dim
+        unneeded = 2 * 2 * LENGTH * r.model.connector.num_latents * inner
+    assert counts == counted(lambda: plain_decoder(r, media, freeze, first)) + unneeded
 
 
 def test_published_definition_on_a_large_model() -> None:

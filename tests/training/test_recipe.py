@@ -263,6 +263,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["data.sequence_length=16"], ["16 positions of one image"]),
         (["data.sequence_length=513", "model.language.max_positions=512"], ["max_positions 512"]),
         (["training.global_batch_size=10", "training.micro_batch_size=4"], ["10", "4", "12"]),
+        (["data.pack=true", "parallel.context=2"], ["data.pack", "parallel.context 2"]),
         (["training.freeze=[vision, connector, language]"], ["every part is frozen"]),
         (
             [*FLAMINGO, "training.freeze=[vision, connector, language, cross_attention]"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,25 @@ def test_kill_under_tensor_parallelism(tmp_path: Path, dataset_dir: Path, tokeni
         kill(process)
     assert run(recipes[1], tmp_path / "log", layout, processes=2) == 0, (tmp_path / "log").read_text()
     assert_same_end(folders[0] / "run", folders[1] / "run")
+
+
+def test_a_packed_run_goes_on_with_other_processes(
+    tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    """Steps use different numbers of samples; the checkpoint says where the next one begins."""
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    log, one, two = tmp_path / "log", tmp_path / "one", tmp_path / "two"
+    packed = ["--data.pack=true", "--data.sequence_length=256", "--training.micro_batch_size=2"]
+    packed += [f"--optimizer.decay_steps={STEPS}"]
+    assert run(recipe, log, *packed, f"--run_dir={one}") == 0, log.read_text()
+    packed += [f"--run_dir={two}"]
+    assert run(recipe, log, *packed, "--training.steps=5") == 0, log.read_text()
+    assert run(recipe, log, *packed, processes=2) == 0, log.read_text()
+    for straight, resumed in zip(curve(one), curve(two), strict=True):
+        assert straight[:2] == resumed[:2] and resumed == pytest.approx(straight, rel=1e-4)
+    consumed = [0] + [row[1] for row in curve(one)]
+    assert len({after - before for before, after in pairwise(consumed)}) > 1
+    assert "of the positions of packed rows were padding" in log.read_text()
 
 
 def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, uninterrupted: Path) -> None:

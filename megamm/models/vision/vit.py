@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megamm.config import VisionConfig
 
@@ -90,12 +91,15 @@ class VisionTransformer(nn.Module):
         """Parts whose output is never used; they must not be trained (weight decay would shrink them)."""
         return [*self.blocks[self.num_used_blocks :], self.post_norm]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, image_size, image_size] normalised images to [N, P, W] features."""
+    def forward(self, images: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """[N, 3, image_size, image_size] normalised images to [N, P, W] features.
+
+        With `recompute`, only the inputs of the blocks are kept for the backward pass.
+        """
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.position_embedding
         x = self.pre_norm(x)
         for block in self.blocks[: self.num_used_blocks]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x[:, 1:] if self.config.feature_select == "patch" else x

@@ -11,8 +11,8 @@ import pytest
 from megamm.config import Recipe
 from megamm.engine import groups
 from megamm.errors import InputError
+from megamm.planning.dry_run import dry_run, parameter_counts
 from megamm.recipe import load_recipe, recipe_from_dict
-from megamm.training.dry_run import dry_run, parameter_counts
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))

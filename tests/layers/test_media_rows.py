@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamm.layers.packing import num_rows, pack, unpack
+from megamm.layers.media_rows import num_rows, pack, unpack
 
 size = st.integers(1, 9)
 

@@ -1,0 +1,52 @@
+"""What the ranks of a run do together around files: exchange objects, let one rank act for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megamm.errors import RunError
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every rank, by rank (collective)."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_on_rank_0(value: Any) -> list[Any] | None:
+    """The `value` of every rank, by rank, on rank 0; None elsewhere (collective)."""
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def on_rank_0(action: Callable[[], Any], failure: str) -> Any:
+    """Run `action` on rank 0 (collective); what it returns, which must be small, is returned everywhere.
+
+    Raises:
+        RunError: the action raised an OSError; on every rank, instead of the others waiting.
+    """
+    outcome: tuple[Any, str | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except OSError as error:
+            outcome = (None, describe(error))
+    result, error_text = gather(outcome)[0]
+    if error_text is not None:
+        raise RunError(f"{failure} ({error_text}); free space or fix the permissions")
+    return result
+
+
+def describe(error: BaseException) -> str:
+    """An error in a few words; the operating system's where one lies at its root (torch wraps them)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen.strerror or str(seen)
+        seen = seen.__cause__ or seen.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

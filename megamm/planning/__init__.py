@@ -1,0 +1,1 @@
+"""What a stage would need, found out without running it."""

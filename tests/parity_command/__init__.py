@@ -1,0 +1,1 @@
+"""The comparison of layouts with one process."""

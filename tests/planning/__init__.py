@@ -1,0 +1,1 @@
+"""Plans and shards of single ranks."""
