@@ -33,6 +33,9 @@ class Batch:
         num_skipped: samples that were replaced since the previous batch because an image was unreadable.
         packed: the row holds several documents.
         num_padding: positions of the rows that hold no sample.
+        num_labels: positions that carry loss.
+        num_pairs: pairs of a position and one that it attends to, counted as half of the square of each row
+            or, if packed, of each document.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +47,8 @@ class Batch:
     num_skipped: int = 0
     packed: bool = False
     num_padding: int = 0
+    num_labels: int = 0
+    num_pairs: int = 0
 
     @property
     def num_images(self) -> int:

@@ -114,6 +114,7 @@ class Assembler:
             if packed:
                 position_ids[number, end:] = np.arange(length - end)
             used += end
+        lengths = [len(d.input_ids) for d in documents] if packed else [length] * len(rows)
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             labels=torch.from_numpy(labels),
@@ -124,4 +125,6 @@ class Assembler:
             num_skipped=num_skipped,
             packed=packed,
             num_padding=input_ids.size - used,
+            num_labels=int((labels != IGNORE_INDEX).sum()),
+            num_pairs=sum(n * n for n in lengths) // 2,
         )

@@ -205,7 +205,7 @@ def _first_activation(
         for number, rank in enumerate(ranks):
             for micro_batch, want, got in _outputs(name, reference, rank):
                 seen = True
-                value = _output_difference(name, want, got, rank["tensor"], layout)
+                value = _output_difference(name, want, got, rank, layout)
                 if worst is None or value > worst.value:
                     worst = Divergence("activation", name, value, f"micro-batch {micro_batch}, rank {number}")
         if not seen:
@@ -223,21 +223,23 @@ def _outputs(name: str, reference: Run, rank: Run) -> Iterator[tuple[int, torch.
             yield number, record[name], got
 
 
-def _output_difference(
-    name: str, whole: torch.Tensor, got: torch.Tensor, tensor_rank: int, layout: Layout
-) -> float:
-    """Relative to the largest element of the whole output.
-
-    The encoder's images are dealt over the tensor-parallel ranks, padded to equal shares; everything
-    else is whole on every rank, or a shard of the sequence (which comes first).
-    """
+def _output_difference(name: str, whole: torch.Tensor, got: torch.Tensor, rank: Run, layout: Layout) -> float:
+    """Relative to the largest element of the whole output."""
     scale = max(_largest(whole), 1e-30)
-    is_dealt = name.startswith("vision.")
-    if is_dealt or whole.shape[0] == got.shape[0] * layout.tensor:
-        start = tensor_rank * got.shape[0]
-        whole = whole[start : start + got.shape[0]]
-        got = got[: whole.shape[0]]
-    if whole.shape != got.shape:
-        # a context-parallel rank holds two pieces of the sequence, which are not told apart here
-        return 0.0 if layout.context > 1 else INFINITE
-    return _nan_is_infinite(_largest(got - whole) / scale)
+    if name.startswith("vision."):
+        # images are dealt over the tensor-parallel ranks, padded to equal shares
+        share = whole[rank["tensor"] * len(got) : (rank["tensor"] + 1) * len(got)]
+        got = got[: len(share)]
+    elif len(got) == len(whole):
+        share = whole
+    else:
+        share = _share_of_sequence(whole, rank, layout, has_shards=len(got) * layout.context < len(whole))
+    return _nan_is_infinite(_largest(got - share) / scale) if got.shape == share.shape else INFINITE
+
+
+def _share_of_sequence(whole: torch.Tensor, rank: Run, layout: Layout, has_shards: bool) -> torch.Tensor:
+    """What a rank has of a sequence: two of 2 C chunks under context parallelism (megamm.layers.context), and
+    of these, under sequence parallelism, its shard."""
+    chunks = whole.chunk(2 * layout.context)
+    part = torch.cat([chunks[rank["context"]], chunks[2 * layout.context - 1 - rank["context"]]])
+    return part.chunk(layout.tensor)[rank["tensor"]] if has_shards else part

@@ -60,18 +60,16 @@ def make_plan(recipe: Recipe, layouts: list[Layout], full_size: bool) -> Plan:
     """Check that every layout can run, before anything is started.
 
     Raises:
-        InputError: a layout that the (shrunk) recipe cannot have, or that this machine cannot run.
+        InputError: a layout that the (shrunk) recipe cannot have, or that this machine cannot run; or this
+            is one of several processes already.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("parity starts its processes itself; call it without torchrun or srun")
     small = comparable(recipe if full_size else shrunk(recipe, layouts), layouts)
     device = _device(recipe, layouts)
     small = replace(small, training=replace(small.training, device=device))
     for layout in layouts:
         _check(layout, small)
-        if layout.context > 1 and device == "cpu":
-            raise InputError(
-                f"--layouts: {layout.name!r} has context parallelism, whose attention (Transformer Engine's) "
-                "works on GPUs only; leave it out here"
-            )
     unfit = [note for layout in layouts if not full_size and (note := _why_unfit(layout, recipe))]
     single = ONE_PROCESS.applied_to(small)
     changed = [text for text in changes(ONE_PROCESS.applied_to(recipe), single) if ".preset " not in text]

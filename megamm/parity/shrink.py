@@ -59,7 +59,9 @@ def shrunk(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
         cross_attention=_cross_attention(model, tensor),
     )
     # room for two images and some text, for splits over tensor-parallel and context-parallel ranks
-    split = math.lcm(tensor, *(2 * layout.context for layout in layouts))
+    split = math.lcm(
+        *(layout.tensor * (2 * layout.context if layout.context > 1 else 1) for layout in layouts)
+    )
     length = _multiple_of(split, 2 * small.tokens_per_image + 18)
     small = replace(small, language=replace(small.language, max_positions=2 * length))
     return replace(

@@ -44,7 +44,7 @@ def run(recipe: str, alter: Callable[[list[Any]], None] | None = None) -> dict[s
         alter: does something to the model chunks of this rank before the step (tests of the comparison).
     Returns:
         loss, grad_norm: numbers.
-        tensor, pipeline, data: the coordinates of this rank.
+        tensor, context: coordinates of this rank, which decide its share of the outputs.
         gradients: name -> [(place in the whole tensor as (start, stop) per dimension, values)].
         backward_order: names of the gradients as they came into being.
         activations: micro-batch -> module -> output.
@@ -77,8 +77,7 @@ def _step(recipe: Recipe, alter: Callable[[list[Any]], None] | None) -> dict[str
         "loss": loss,
         "grad_norm": float(grad_norm or 0.0),
         "tensor": layout.tp_rank,
-        "pipeline": layout.pp_rank,
-        "data": layout.dp_rank,
+        "context": layout.collection.cp.rank(),
         "gradients": gradients,
         "backward_order": _names_in_order(models, order),
         "activations": activations,
@@ -147,8 +146,9 @@ def _record_activations(models: list[Any]) -> dict[int, dict[str, torch.Tensor]]
     def end(chunk: Any, arguments: tuple[Batch, ...], output: torch.Tensor) -> None:
         record = running.pop()
         if chunk.post_process:
-            carries_loss = arguments[0].labels != IGNORE_INDEX
-            record[LOSS] = torch.where(carries_loss, output.detach(), 0.0).cpu()
+            carries_loss = chunk.own_labels(arguments[0]) != IGNORE_INDEX
+            # sequence first, like all outputs
+            record[LOSS] = torch.where(carries_loss, output.detach(), 0.0).t().cpu()
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:

@@ -91,9 +91,10 @@ def _overview(recipe: Recipe, world: int) -> list[str]:
 
 def _rank_lines(recipe: Recipe, shard: RankShard) -> list[str]:
     """One rank: where it is, and what it holds of each part."""
+    context = f"context {shard.context}, " if recipe.parallel.context > 1 else ""
     lines = [
         f"rank {shard.rank} of {shard.world}: tensor {shard.tensor}, pipeline stage {shard.pipeline}, "
-        f"data {shard.data} (all counted from 0)",
+        f"{context}data {shard.data} (all counted from 0)",
         f"holds {_contents(recipe, shard)}",
         _header("part"),
     ]

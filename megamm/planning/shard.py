@@ -63,7 +63,7 @@ class RankShard:
 
     Attributes:
         rank, world: of all processes.
-        tensor, pipeline, data: coordinates, from 0.
+        tensor, pipeline, context, data: coordinates, from 0.
         layers: decoder layers (from 0), one range for each model chunk that has any.
         holds_embedding: this rank has the embedding, with the vision encoder and the connector.
         holds_output: this rank has the output layer.
@@ -74,6 +74,7 @@ class RankShard:
     world: int
     tensor: int
     pipeline: int
+    context: int
     data: int
     layers: tuple[range, ...]
     holds_embedding: bool
@@ -123,6 +124,7 @@ def build_shard(recipe: Recipe, world: int, rank: int) -> RankShard:
             world=world,
             tensor=layout.tp_rank,
             pipeline=layout.pp_rank,
+            context=layout.collection.cp.rank(),
             data=layout.dp_rank,
             layers=tuple(filter(len, map(_layers, chunks))),
             holds_embedding=layout.is_first_stage,

@@ -23,6 +23,8 @@ from megamm.engine.groups import Groups
 from megamm.errors import InputError, MegammError
 from megamm.training.flops import flops_per_step
 
+NUMBERS = ("num_skipped", "num_padding", "num_labels", "num_pairs")  # of a Batch, told to all ranks
+
 
 class BatchFeed:
     """The micro-batches of each step, on this rank's device.
@@ -128,22 +130,21 @@ class BatchFeed:
         return int(most)
 
     def _share_counts(self, batches: list[Batch | None]) -> list[list[int]]:
-        """For each micro-batch of the step: numbers of samples, images, replaced samples and padding."""
+        """For each micro-batch of the step: numbers of samples and images, and NUMBERS."""
         if self._loader is not None:
             rows = [
-                [len(b.sample_ids), b.num_images, b.num_skipped, b.num_padding]
+                [len(b.sample_ids), b.num_images, *(getattr(b, name) for name in NUMBERS)]
                 for b in batches
                 if b is not None
             ]
             message = torch.tensor(rows, device=self.groups.device)
         else:
-            message = torch.empty(len(batches), 4, dtype=torch.int64, device=self.groups.device)
+            shape = (len(batches), 2 + len(NUMBERS))
+            message = torch.empty(shape, dtype=torch.int64, device=self.groups.device)
         dist.broadcast(message, self.groups.model_leader, group=self.groups.collection.mp)
         return message.tolist()
 
-    def _share(
-        self, batch: Batch | None, num_samples: int, num_images: int, num_skipped: int, num_padding: int
-    ) -> Batch:
+    def _share(self, batch: Batch | None, num_samples: int, num_images: int, *numbers: int) -> Batch:
         """Give the leader's batch to its peers: all but the images in one int64 message."""
         data, num_rows = self.recipe.data, self.recipe.training.micro_batch_size
         shape = (1, num_rows * data.sequence_length) if data.pack else (num_rows, data.sequence_length)
@@ -168,9 +169,8 @@ class BatchFeed:
             self._share_images(batch, num_images),
             images_per_sample,
             sample_ids,
-            num_skipped,
-            data.pack,
-            num_padding,
+            packed=data.pack,
+            **dict(zip(NUMBERS, numbers, strict=True)),
         )
 
     def _share_images(self, batch: Batch | None, num_images: int) -> torch.Tensor:

@@ -31,25 +31,42 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in _PEAK_BF16 if name in device_name), None)
 
 
-def flops_per_step(recipe: Recipe, num_tokens: int, num_images: int) -> float:
+def flops_per_step(
+    recipe: Recipe,
+    num_tokens: int,
+    num_images: int,
+    num_labels: int | None = None,
+    num_pairs: int | None = None,
+) -> float:
     """Model FLOPs (forward and backward) of a batch.
 
     Args:
         recipe: the model, what of it is frozen, and the sequence length.
         num_tokens: positions of the language model, in all samples of the batch together.
         num_images: images in all samples of the batch together.
+        num_labels: positions that carry loss, and so need the output layer; None: all.
+        num_pairs: of positions that attend to each other; None: as many as in rows of the recipe's length.
     """
-    return sum(flops_by_part(recipe, num_tokens, num_images).values())
+    return sum(flops_by_part(recipe, num_tokens, num_images, num_labels, num_pairs).values())
 
 
-def flops_by_part(recipe: Recipe, num_tokens: int, num_images: int) -> dict[str, float]:
+def flops_by_part(
+    recipe: Recipe,
+    num_tokens: int,
+    num_images: int,
+    num_labels: int | None = None,
+    num_pairs: int | None = None,
+) -> dict[str, float]:
     """`flops_per_step` split into vision, connector, cross_attention, language and head."""
     trained = set(trainable_parts(recipe))
     connector = {"mlp": _projector, "resampler": _resampler, "qformer": _qformer}[recipe.model.connector.kind]
+    decoder = _decoder(recipe, trained, num_tokens, num_images, num_pairs)
+    if num_labels is not None:
+        decoder["head"] *= num_labels / max(num_tokens, 1)
     return {
         "vision": num_images * _vision(recipe),
         "connector": num_images * connector(recipe, trained),
-        **_decoder(recipe, trained, num_tokens, num_images),
+        **decoder,
     }
 
 
@@ -126,13 +143,17 @@ def _qformer(recipe: Recipe, trained: set[str]) -> float:
     return total + queries * _linear(width * model.language.hidden_size, gradient, own)
 
 
-def _decoder(recipe: Recipe, trained: set[str], num_tokens: int, num_images: int) -> dict[str, float]:
+def _decoder(
+    recipe: Recipe, trained: set[str], num_tokens: int, num_images: int, num_pairs: int | None
+) -> dict[str, float]:
     """Decoder layers, the gated blocks between them and the output layer, for a batch."""
     model, m = recipe.model, recipe.model.language
     first, media = _first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
     kv_width = (m.num_kv_heads or m.num_heads) * m.head_dim
     weights = 2 * m.hidden_size**2 + 2 * m.hidden_size * kv_width + 3 * m.hidden_size * m.ffn_hidden_size
     pairs = _causal_pairs(recipe.data.sequence_length, m.sliding_window)
+    if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
+        pairs = min(pairs, num_pairs / num_tokens)
     cross_attention = language = 0.0
     # of the hidden states so far
     gradient = first < 0 or (model.assembly == "merged" and media)

@@ -34,7 +34,8 @@ class StepStats:
         lr: learning rate of this step.
         grad_norm: global norm before clipping.
         num_tokens, num_images: positions of the language model and images in the global batch.
-        num_padding: of these positions, how many hold no sample.
+        num_padding, num_labels: of these positions, how many hold no sample, carry loss.
+        num_pairs: of positions that attend to each other; see Batch.
         seconds: wall time of the step, waiting for data included.
         data_wait: seconds of it in which the loop waited for data.
         skipped_samples: samples replaced because a picture was unreadable, since the stage started.
@@ -54,7 +55,9 @@ class StepStats:
     skipped_samples: int
     skipped_steps: int
     memory: int
-    num_padding: int = 0
+    num_padding: int
+    num_labels: int
+    num_pairs: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ class RunLogger:
     def _rates(self, window: list[StepStats]) -> Rates:
         seconds = max(sum(s.seconds for s in window), 1e-9)
         tokens, images = sum(s.num_tokens for s in window), sum(s.num_images for s in window)
-        flops_per_s = flops_per_step(self._recipe, tokens, images) / seconds / self._world_size
+        labels, pairs = sum(s.num_labels for s in window), sum(s.num_pairs for s in window)
+        flops = flops_per_step(self._recipe, tokens, images, labels, pairs)
+        flops_per_s = flops / seconds / self._world_size
         return Rates(
             tokens_per_s=tokens / seconds,
             images_per_s=images / seconds,

@@ -73,6 +73,8 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                         num_tokens=counts["tokens"],
                         num_images=counts["images"],
                         num_padding=counts["padding"],
+                        num_labels=counts["labels"],
+                        num_pairs=counts["pairs"],
                         seconds=time.perf_counter() - started,
                         data_wait=feed.seconds_waited,
                         skipped_samples=skipped_samples,
@@ -109,12 +111,13 @@ def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, fl
 
 
 def _counts(batches: list[Batch], session: Session) -> Counter[str]:
-    """Positions computed, those of them that are padding, images and replaced samples of the step, over all
-    data-parallel ranks."""
+    """What the micro-batches of the step hold, over all data-parallel ranks."""
     counts: Counter[str] = Counter()
     for batch in batches:
         counts["tokens"] += batch.input_ids.numel()
         counts["padding"] += batch.num_padding
+        counts["labels"] += batch.num_labels
+        counts["pairs"] += batch.num_pairs
         counts["images"] += int(batch.images_per_sample.sum())
         counts["skipped"] += batch.num_skipped
     if session.groups.dp_size == 1:

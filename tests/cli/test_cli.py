@@ -32,7 +32,10 @@ OPTIONS = {
     "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
     "convert export": ["--checkpoint", "--debug", "--family", "--out"],
     "verify": ["CKPT", "--debug"],
-    "train": ["RECIPE", "--a.b=c", "--debug", "--dry-run", "--print-config"],
+    "train": ["RECIPE", "--a.b=c", "--debug", "--dry-run", "--print-config", "--rank", "--world"],
+    "parity": [
+        *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
+    ],
     "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
     "evaluate": [
         *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
@@ -107,6 +110,8 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["train", str(RECIPE), "--optimizer.lr", "3"], "write it with '='"),
         (["train", str(RECIPE), "--training.steps=x"], "training.steps is 'x'"),
         (["train", str(RECIPE), "--print"], "--section.key=value"),
+        (["train", str(RECIPE), "--world", "4"], "add --dry-run"),
+        (["parity", str(RECIPE)], "--layouts"),
         (["verify", "none", "--quick"], "unknown argument '--quick'"),
         (
             ["prepare", "x.json", "--format", "llava", "--out", "o", "--tokenizer", "t", "--workers", "0"],

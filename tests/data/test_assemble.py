@@ -10,7 +10,7 @@ from megamm.batch import IGNORE_INDEX, Batch
 from megamm.data.assemble import Assembler, Document
 
 IMAGE, PAD = 9, 0
-_ = IGNORE_INDEX
+_ = IGNORE_INDEX  # short, for rows of labels
 
 
 def document(
@@ -135,6 +135,8 @@ def test_padded_rows() -> None:
     assert batch.images_per_sample.tolist() == [1, 0, 2]
     assert batch.sample_ids.tolist() == [7, 3, 5] and batch.num_skipped == 1
     assert batch.num_padding == 3 + 6 + 1
+    assert batch.num_labels == int((batch.labels != IGNORE_INDEX).sum()) > 0
+    assert batch.num_pairs == batch.labels.shape[0] * batch.labels.shape[1] ** 2 // 2
     text_only = collated(SAMPLES[1:2], 8, packed=False)
     assert text_only.images.shape == (0, 3, 4, 4) and text_only.images.dtype == torch.float32
     with pytest.raises(ValueError, match="only a packed batch"):
@@ -151,3 +153,4 @@ def test_a_packed_row() -> None:
     assert batch.images_per_sample.tolist() == [3] and batch.sample_ids.tolist() == [7, 3, 5]
     full = collated(SAMPLES, 14, packed=True)
     assert full.document_lengths() == [5, 2, 7] and full.num_padding == 0
+    assert full.num_pairs == (5**2 + 2**2 + 7**2) // 2

@@ -43,7 +43,7 @@ def samples(found: list[Batch]) -> list[int]:
 
 def same(a: Batch, b: Batch) -> bool:
     tensors = ("input_ids", "labels", "position_ids", "images", "images_per_sample", "sample_ids")
-    numbers = ("num_skipped", "packed", "num_padding")
+    numbers = ("num_skipped", "packed", "num_padding", "num_labels", "num_pairs")
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors) and all(
         getattr(a, name) == getattr(b, name) for name in numbers
     )

@@ -147,6 +147,14 @@ def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals)
     _assert_dead(tmp_path, 2)
 
 
+def test_it_does_not_run_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["parity", str(LLAVA), "--layouts", "tp2"]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -156,7 +164,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals)
         (["--layouts", "dp100"], "'dp100' needs 100 processes"),
         (["--layouts", "sp"], "'sp' does not fit: parallel.sequence: needs parallel.tensor above 1"),
         (["--layouts", "vpp2"], "'vpp2' does not fit: parallel.virtual_pipeline"),
-        (["--layouts", "cp2"], "--layouts: 'cp2'"),
+        (["--layouts", "cp2", "--data.pack=true"], "'cp2' does not fit: data.pack"),
         (["--layouts", "pp2", "--full-size"], "3 is not divisible by parallel.pipeline 2"),
         (["--layouts", "tp2", "--tolerance", "0"], "'0' is not a number above 0"),
         ([], "--layouts"),

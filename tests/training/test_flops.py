@@ -320,3 +320,18 @@ def test_peaks() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
+
+
+def test_the_output_layer_counts_where_there_is_loss() -> None:
+    everywhere, somewhere = flops_by_part(recipe(), 100, 2), flops_by_part(recipe(), 100, 2, num_labels=25)
+    assert somewhere["head"] == everywhere["head"] / 4
+    assert {**somewhere, "head": 0} == {**everywhere, "head": 0}
+
+
+def test_documents_attend_to_less_than_rows() -> None:
+    rows = flops_by_part(recipe(), 4 * LENGTH, 0)["language"]
+    assert flops_by_part(recipe(), 4 * LENGTH, 0, num_pairs=4 * LENGTH**2 // 2)["language"] == rows
+    single = flops_by_part(recipe("data.sequence_length=8"), 4 * LENGTH, 0)["language"]
+    # documents of eight positions, in rows of any length
+    packed = flops_by_part(recipe(), 4 * LENGTH, 0, num_pairs=LENGTH // 2 * 8**2 // 2)["language"]
+    assert packed == pytest.approx(single) and packed < rows

@@ -39,6 +39,9 @@ def stats(step: int, **changes: Any) -> StepStats:
         "grad_norm": 1.5,
         "num_tokens": 4096,
         "num_images": 32,
+        "num_padding": 96,
+        "num_labels": 1024,
+        "num_pairs": 4096 * 64,
         "seconds": 0.5,
         "data_wait": 0.05,
         "skipped_samples": 3,
@@ -55,7 +58,7 @@ def test_line_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert capsys.readouterr().out == ""
         log.step(stats(2, seconds=1.5))
     line = capsys.readouterr().out.strip()
-    flops_per_s = flops_per_step(r, 8192, 64) / 2.0 / 2
+    flops_per_s = flops_per_step(r, 8192, 64, 2048, 8192 * 64) / 2.0 / 2
     expected = [
         "step  2/10",
         "64 samples",
