@@ -4,5 +4,5 @@ import sys
 
 from megamm.cli import main
 
-if __name__ == "__main__":  # saving a checkpoint spawns processes that import this file again
+if __name__ == "__main__":  # workers of `megamm prepare` import this file again
     sys.exit(main())

@@ -203,7 +203,7 @@ class Checkpoints:
     def _link(self, weights: FrozenWeights, temporary: Path) -> FrozenFiles | None:
         """Take over the files of frozen weights from the checkpoint before, if they are the same."""
         files = self._frozen_files
-        if files is None or not frozen_weights.hold_the_same(files, weights):
+        if not frozen_weights.hold_the_same(files, weights) or files is None:
             return None
         failure = on_rank_0(lambda: frozen_weights.link(files, temporary), f"{temporary}: cannot be linked")
         if failure is None:

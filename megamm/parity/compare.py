@@ -240,6 +240,8 @@ def _output_difference(name: str, whole: torch.Tensor, got: torch.Tensor, rank: 
 def _share_of_sequence(whole: torch.Tensor, rank: Run, layout: Layout, has_shards: bool) -> torch.Tensor:
     """What a rank has of a sequence: two of 2 C chunks under context parallelism (megamm.layers.context), and
     of these, under sequence parallelism, its shard."""
-    chunks = whole.chunk(2 * layout.context)
-    part = torch.cat([chunks[rank["context"]], chunks[2 * layout.context - 1 - rank["context"]]])
+    part, num_chunks = whole, 2 * layout.context
+    if layout.context > 1 and len(whole) >= num_chunks:
+        chunks = whole.chunk(num_chunks)
+        part = torch.cat([chunks[rank["context"]], chunks[num_chunks - 1 - rank["context"]]])
     return part.chunk(layout.tensor)[rank["tensor"]] if has_shards else part

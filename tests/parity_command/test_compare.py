@@ -31,6 +31,7 @@ def reference() -> dict[str, Any]:
         "loss": 2.0,
         "grad_norm": 4.0,
         "tensor": 0,
+        "context": 0,
         "gradients": {
             EMBEDDING: [(place((0, 3), (0, 2)), torch.randn(3, 2))],
             NORM: [(place((0, 2)), torch.randn(2))],
@@ -156,6 +157,24 @@ def test_outputs_are_compared_with_their_share(module: str, index: int, rank: in
     else:
         assert first is not None and first.kind == "activation" and first.name == named
         assert first.place == f"micro-batch 0, rank {rank}"
+
+
+def test_chunks_of_the_sequence_are_found_under_context_parallelism() -> None:
+    """Positions of 8: rank (context, tensor) has 0 1 6 7 or 2 3 4 5, and of these its half."""
+    want = reference()
+    sequence = torch.randn(8, 2)
+    want["activations"] = {0: {"language.decoder.layers.0": sequence}}
+    chunks = {(0, 0): [0, 1], (0, 1): [6, 7], (1, 0): [2, 3], (1, 1): [4, 5]}
+    got = []
+    for (context, tensor), places in chunks.items():
+        record = {0: {"language.decoder.layers.0": sequence[places]}}
+        got.append({**reference(), "context": context, "tensor": tensor, "activations": record})
+    got[0]["loss"] = 3.0  # starts the search
+    layout = Layout("tp2cp2sp", tensor=2, context=2, sequence=True)
+    assert compare(want, got, layout, TOLERANCE).first is None
+    got[2]["activations"][0]["language.decoder.layers.0"][1] += 0.1
+    first = compare(want, got, layout, TOLERANCE).first
+    assert first is not None and first.place == "micro-batch 0, rank 2"
 
 
 def test_the_first_module_in_order_is_named_although_later_ones_differ_more() -> None:

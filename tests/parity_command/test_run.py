@@ -122,8 +122,8 @@ def test_a_failure_is_a_row_with_the_last_lines(
 
 def test_a_layout_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PID_DIR", str(tmp_path))
-    result = sabotaged("merged", "tp2", "hanging", timeout=20)
-    assert "no answer from rank [0, 1] of 2 in 20 s" in result.failure
+    result = sabotaged("merged", "tp2", "hanging", timeout=15)
+    assert "no answer from rank [0, 1] of 2 in 15 s" in result.failure
     assert "waiting for a printer" in result.failure
     _assert_dead(tmp_path, 2)
 

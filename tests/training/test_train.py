@@ -18,8 +18,13 @@ from tests.training.runs import STEPS, curve, run, write_recipe
 
 @pytest.mark.parametrize(
     "layout",
-    ["--parallel.tensor=2 --parallel.sequence=true", "--parallel.pipeline=2", "--parallel.tensor=1"],
-    ids=["tensor", "pipeline", "data"],
+    [
+        "--parallel.tensor=2 --parallel.sequence=true",
+        "--parallel.pipeline=2",
+        "--parallel.context=2",
+        "--parallel.tensor=1",
+    ],
+    ids=["tensor", "pipeline", "context", "data"],
 )
 def test_layouts_train_alike(layout: str, tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
     """Two processes under the launcher follow the curve of one."""
