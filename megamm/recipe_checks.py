@@ -315,7 +315,7 @@ def _pipeline_layout(layout: str, num_chunks: int, num_layers: int) -> Iterator[
     if stages != num_chunks:
         yield (
             f"{key} has {stages} stages, but parallel.pipeline x virtual_pipeline is {num_chunks}; "
-            f"write {num_chunks - 1} bars"
+            f"separate {num_chunks} of them by |"
         )
     layers = sum(int(times or 1) for times in re.findall(r"t(?:\*(\d+))?", layout))
     if layers != num_layers:

@@ -251,6 +251,13 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["parallel.pipeline=3"], ["num_layers: 4 is not divisible by parallel.pipeline 3"]),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], ["= 8"]),
         (["parallel.virtual_pipeline=2"], ["needs parallel.pipeline above 1"]),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Ett|ttt"], ["'Ett|ttt'", "t*N (layers)"]),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_layout=Ett|t|tL"],
+            ["has 3 stages", "separate 2 of them"],
+        ),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et*2|t*3L"], ["has 5 layers", "num_layers is 4"]),
+        (["parallel.context=2", "data.sequence_length=126"], ["126 is not divisible", "128"]),
         (["parallel.sequence=true"], ["parallel.tensor above 1"]),
         (
             [*FLAMINGO, "parallel.tensor=2", "parallel.sequence=true", "model.connector.num_latents=7"],
