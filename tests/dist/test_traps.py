@@ -31,7 +31,7 @@ def test_sent_tensors_are_freed_only_without_overlap() -> None:
 def test_replicated_parameters_on_sequence_shards_need_their_mark() -> None:
     overrides = {"parallel.tensor": 2, "parallel.sequence": True}
     results = run(2, overrides, ("cross_attention",), "without_sequence_parallel_marks")["cross_attention"]
-    with pytest.raises(AssertionError, match="replicas of .* differ"):
+    with pytest.raises(AssertionError, match=r"replicas of .* differ"):
         worst_difference(results, reference()["cross_attention"])
 
 
@@ -42,7 +42,7 @@ def test_gradient_norm_needs_the_marks_of_sharded_weights() -> None:
 
 def test_dealt_images_need_their_gradients_shared() -> None:
     results = run(2, {"parallel.tensor": 2}, ("merged",), "without_shared_encoder_gradients")["merged"]
-    with pytest.raises(AssertionError, match="replicas of vision.* differ"):
+    with pytest.raises(AssertionError, match=r"replicas of vision.* differ"):
         worst_difference(results, reference()["merged"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def test_files_are_short() -> None:
     assert len(sizes) >= 15
     tables = {name for name in sizes if "/tables/" in name}
     assert {name: size for name, size in sizes.items() if size > MAX_LINES and name not in tables} == {}
+
+
+def test_every_test_is_found(request: pytest.FixtureRequest) -> None:
+    """pytest leaves out folders with certain names, without a word."""
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert Path("tests/dist") in folders
+    left_out = request.config.getini("norecursedirs")
+    assert [f for f in folders for part in f.parts for name in left_out if fnmatch(part, name)] == []
 
 
 def test_modules_have_a_docstring() -> None:
