@@ -30,6 +30,7 @@ class Batch:
             (sample by sample, left to right); N may be 0.
         images_per_sample: [B] int64, sums to N: the images of each row.
         sample_ids: [B] int64 or, if packed, [D]: dataset index of each sample (for logs and fault reports).
+        step_start: how many samples of the stage had been used when this step began, the same in all layouts.
         num_skipped: samples that were replaced since the previous batch because an image was unreadable.
         packed: the row holds several documents.
         num_padding: positions of the rows that hold no sample.
@@ -44,6 +45,7 @@ class Batch:
     images: torch.Tensor
     images_per_sample: torch.Tensor
     sample_ids: torch.Tensor
+    step_start: int = 0
     num_skipped: int = 0
     packed: bool = False
     num_padding: int = 0

@@ -201,7 +201,7 @@ def _unknown_key(source: str, key: str) -> InputError:
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     close = same_name + difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     close += difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], n=1)
-    remedy = f"did you mean {close[0]}?" if close else "megamm/config.py lists the valid keys"
+    remedy = f"did you mean {close[0]}?" if close else "megamm/config/ lists the valid keys"
     return InputError(f"{source}: unknown key {key}; {remedy}")
 
 

@@ -14,9 +14,8 @@ from megamm.config import ParallelConfig, Recipe
 from megamm.engine import groups
 from megamm.engine.groups import Groups
 from megamm.engine.weights import initialize, named_shards
-from megamm.models.initialization import weight_drawer
 from megamm.models.vlm import VisionLanguageModel, build_model
-from tests.dist.tiny import IMAGE_ID, tiny_batch
+from tests.dist.tiny import IMAGE_ID, draw_visible, tiny_batch
 
 CPU = torch.device("cpu")
 GATE = 0.5  # closed gates would hide the gated blocks
@@ -36,16 +35,9 @@ def build(
     gate: float = GATE,
     image_id: int = IMAGE_ID,
 ) -> VisionLanguageModel:
-    """The recipe's model with `weights`, or random ones and open gates."""
+    """The recipe's model with `weights`, or random ones, open gates and adapters that add something."""
     models = build_model(recipe, layout, "local", image_id)
-    draw = weight_drawer(recipe.model, recipe.seed)
-
-    def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if weights is not None:
-            return weights[name]
-        return draw(name, shape) + (gate if name.endswith("_gate") else 0.0)
-
-    initialize(models, weight)
+    initialize(models, draw_visible(recipe, gate) if weights is None else lambda name, _: weights[name])
     model = models[0]
     assert isinstance(model, VisionLanguageModel)
     return model

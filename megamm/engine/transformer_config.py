@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megamm.config import CrossAttentionConfig, Recipe
+from megamm.config import CrossAttentionConfig, LoraConfig, Recipe
 from megamm.device import dtype_of
 
 
 @dataclass
 class DecoderConfig(TransformerConfig):
-    """TransformerConfig plus what the gated cross-attention layers must know.
+    """TransformerConfig plus what the gated cross-attention layers and the adapters must know.
 
     Attributes:
         attention_out_bias: whether attention's output projection has a bias (InternLM); megatron knows
@@ -22,12 +22,16 @@ class DecoderConfig(TransformerConfig):
         gated_cross_attention: geometry of the blocks, or None for a plain decoder.
         media_width: width of the media tokens they attend to.
         recomputed_layers: of each pipeline chunk, how many layers are recomputed in the backward pass.
+        lora: adapters of the decoder's linears.
+        dropout_seed: decides what the adapters' dropout leaves out.
     """
 
     attention_out_bias: bool = False
     gated_cross_attention: Optional[CrossAttentionConfig] = None
     media_width: int = 0
     recomputed_layers: int = 0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dropout_seed: int = 0
 
 
 def decoder_config(recipe: Recipe) -> DecoderConfig:
@@ -71,6 +75,8 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
         # rank, over the tensor-parallel ranks. (The decoder's own attention gets no such norms from this.)
         qk_layernorm=recipe.model.connector.qk_norm or (cross is not None and cross.qk_norm),
         media_width=recipe.model.vision.width if cross else 0,
+        lora=recipe.model.lora,
+        dropout_seed=recipe.seed,
         **_fusions(),
         **_recompute(recipe),
         **_parallel(recipe),
@@ -94,7 +100,7 @@ def _fusions() -> dict[str, Any]:
 
 
 def _recompute(recipe: Recipe) -> dict[str, Any]:
-    """Selective recomputation is megatron's; that of whole layers is layers.decoder's."""
+    """Recomputation of attention is megatron's; that of MLPs and whole layers is layers.decoder's."""
     settings = recipe.training.recompute
     if settings.language == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": list(settings.modules)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -19,13 +20,16 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
-from megamm.batch import IGNORE_INDEX
+from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import LanguageConfig
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import DecoderConfig
 from megamm.layers.backend import backend_by_name
+from megamm.layers.context import context_slice
 from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
+from megamm.layers.lora import Adapters, DropoutKeys, adapted_targets, position_keys, with_adapters
 from megamm.layers.recompute import recomputed
 
 
@@ -50,22 +54,30 @@ class DecoderLayer(TransformerLayer):
             self.gated_cross_attention = None
         # the number that is passed in counts within the pipeline chunk
         self.is_recomputed = kwargs.get("layer_number", 1) <= config.recomputed_layers
+        self.mlp.is_recomputed = self.recompute_mlp  # type: ignore[has-type]
+        self.recompute_mlp = False
+        self.dropout_keys: Optional[DropoutKeys] = None  # of the micro-batch that comes next
+        _number_adapters(self, self.layer_number)
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        run, keys = self._forward, self.dropout_keys
         if self.is_recomputed and self.training:
-            return recomputed(self._forward, hidden_states, *args, fp8=bool(self.config.fp8), **kwargs)
-        return self._forward(hidden_states, *args, **kwargs)
+            return recomputed(run, hidden_states, keys, *args, fp8=bool(self.config.fp8), **kwargs)
+        return run(hidden_states, keys, *args, **kwargs)
 
     def _forward(
         self,
         hidden_states: torch.Tensor,
+        dropout_keys: Optional[DropoutKeys],
         attention_mask: Optional[torch.Tensor] = None,
         context: Optional[torch.Tensor] = None,
         context_mask: Optional[MediaMask] = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        _set_dropout_keys(self.self_attention, dropout_keys)
+        self.mlp.dropout_keys = dropout_keys
         if self.gated_cross_attention is not None:
             assert context_mask is not None
             hidden_states = self.gated_cross_attention(
@@ -84,38 +96,91 @@ class BiasedSelfAttention(SelfAttention):
         super().__init__(with_biases, *args, **kwargs)
 
 
+class DecoderMLP(MLP):
+    """megatron's MLP, which recomputes itself where megatron's layer would do it: with megatron's reentrant
+    checkpoint, adapters whose input needs no gradient silently get none, and run with the dropout of another
+    micro-batch."""
+
+    is_recomputed = False
+    dropout_keys: Optional[DropoutKeys] = None
+
+    @classmethod
+    def of(cls, linears: MLPSubmodules, tp_group: Any) -> type[DecoderMLP]:
+        """The class as megatron's layer takes it without a warning: everything but the configuration set."""
+
+        class Complete(cls):  # type: ignore[misc, valid-type]
+            def __init__(self, config: DecoderConfig) -> None:
+                super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+        return Complete
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """[S, B, H] to [S, B, H] and the bias that is still to be added."""
+        if self.is_recomputed and self.training:
+            fp8 = bool(self.config.fp8)
+            return recomputed(self._forward, hidden_states, self.dropout_keys, fp8=fp8)
+        return self._forward(hidden_states, self.dropout_keys)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, dropout_keys: Optional[DropoutKeys]
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        _set_dropout_keys(self, dropout_keys)
+        return super().forward(hidden_states)
+
+
+def _adapters(module: nn.Module) -> Iterator[Adapters]:
+    for child in module.children():  # adapters hang on the linears of attention and MLP, no deeper
+        if isinstance(found := getattr(child, "lora", None), Adapters):
+            yield found
+
+
+def _number_adapters(layer: TransformerLayer, layer_number: int) -> None:
+    for adapters in (*_adapters(layer.self_attention), *_adapters(layer.mlp)):
+        adapters.layer_number = layer_number
+
+
+def _set_dropout_keys(module: nn.Module, keys: Optional[DropoutKeys]) -> None:
+    for adapters in _adapters(module):
+        adapters.dropout_keys = keys
+
+
 def decoder_block_spec(
-    config: DecoderConfig, backend_name: str, pp_rank: int, vp_stage: Optional[int]
+    config: DecoderConfig, backend_name: str, groups: Groups, vp_stage: Optional[int]
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline chunk and the final norm."""
     norm = backend_by_name(backend_name).layer_norm(rms_norm=True)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layer = decoder_layer_spec(backend_name, config.attention_out_bias)
+    num_layers = get_num_layers_to_build(config, vp_stage, groups.pp_rank)
+    layer = decoder_layer_spec(config, backend_name, groups.collection.tp)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def decoder_layer_spec(backend_name: str, attention_out_bias: bool = False) -> ModuleSpec:
+def decoder_layer_spec(config: DecoderConfig, backend_name: str, tp_group: Any) -> ModuleSpec:
     """The layer in megatron's spec language, from the backend's modules."""
     backend = backend_by_name(backend_name)
-    fused = backend.fuse_layernorm_and_linear()
-    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True)
-    first_linear = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
-    # Unfused norms are saved under the names of the fused ones: one checkpoint for both backends.
-    names = (
-        {}
-        if fused
-        else {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        }
-    )
+
+    def first_linear(name: str, norm_name: str) -> tuple[type, type, dict[str, str]]:
+        """The norm, the linear behind it and under which names the norm is saved: those of a linear that has
+        the norm within it, so that there is one checkpoint for all backends."""
+        if backend.fuse_layernorm_and_linear() and not adapted_targets(config.lora, name):
+            return IdentityOp, backend.column_parallel_layer_norm_linear(), {}
+        # adapters take what the norm gives, which a fused linear keeps to itself
+        linear = adapted(backend.column_parallel_linear(), name)
+        block = "self_attention" if name == "linear_qkv" else "mlp"
+        return backend.layer_norm(rms_norm=True), linear, {f"{norm_name}.": f"{block}.{name}.layer_norm_"}
+
+    def adapted(linear: type, name: str) -> type:
+        return with_adapters(linear, name) if adapted_targets(config.lora, name) else linear
+
+    input_norm, qkv, input_norm_names = first_linear("linear_qkv", "input_layernorm")
+    mlp_norm, fc1, mlp_norm_names = first_linear("linear_fc1", "pre_mlp_layernorm")
+    fc2 = adapted(backend.row_parallel_linear(), "linear_fc2")
     attention = ModuleSpec(
-        module=BiasedSelfAttention if attention_out_bias else SelfAttention,
+        module=BiasedSelfAttention if config.attention_out_bias else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=first_linear,
+            linear_qkv=qkv,
             core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
+            linear_proj=adapted(backend.row_parallel_linear(), "linear_proj"),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
@@ -124,16 +189,13 @@ def decoder_layer_spec(backend_name: str, attention_out_bias: bool = False) -> M
         module=DecoderLayer,
         params={"backend_name": backend_name},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=input_norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=first_linear, linear_fc2=backend.row_parallel_linear()),
-            ),
+            pre_mlp_layernorm=mlp_norm,
+            mlp=DecoderMLP.of(MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2), tp_group),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=names,
+            sharded_state_dict_keys_map={**input_norm_names, **mlp_norm_names},
         ),
     )
 
@@ -162,7 +224,7 @@ class Decoder(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=decoder_block_spec(config, backend_name, groups.pp_rank, vp_stage),
+            transformer_layer_spec=decoder_block_spec(config, backend_name, groups, vp_stage),
             vocab_size=padded_vocab_size(language.vocab_size, groups.tp_size),
             max_sequence_length=language.max_positions,
             pre_process=pre_process,
@@ -182,6 +244,15 @@ class Decoder(GPTModel):
             # The hidden states are gathered before positions are chosen, and the gather sums gradients.
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
+
+    def begin(self, batch: Batch) -> None:
+        """Tell the layers which inputs of adapters the next micro-batch leaves out."""
+        if not (self.training and self.config.lora.rank and self.config.lora.dropout):
+            return
+        keys = context_slice(position_keys(batch, self.config.dropout_seed), 1, self.pg_collection.cp)
+        whole = keys.t().contiguous()
+        for layer in self.decoder.layers:
+            layer.dropout_keys = DropoutKeys(whole, self.scatter(whole))
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings of the whole sequence: [B, S] ids to [S, B, H]."""

@@ -14,6 +14,8 @@ def part_of(parameter_name: str) -> str:
     """The part of the model that a parameter belongs to, by the names that recipes freeze."""
     if ".gated_cross_attention." in parameter_name:
         return "cross_attention"
+    if ".lora." in parameter_name:
+        return "lora"
     return parameter_name.split(".", 1)[0]
 
 
@@ -33,11 +35,11 @@ def freeze(model: Any, training: TrainingConfig, tie_embeddings: bool) -> None:
     last_blocks = {p for module in _unfrozen(model, training, tie_embeddings) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        # gated blocks lie within decoder layers, but are a part of their own
-        is_unfrozen = parameter in last_blocks and part != "cross_attention"
+        # gated blocks and adapters lie within decoder layers, but are parts of their own
+        is_unfrozen = parameter in last_blocks and part not in ("cross_attention", "lora")
         if part in training.freeze and not is_unfrozen:
             parameter.requires_grad_(False)
-    if model.pre_process:
+    if model.pre_process and model.sees_images:
         for module in model.vision.unused_modules():
             module.requires_grad_(False)
 

@@ -38,7 +38,8 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
     and position embeddings normal(0, init_std), residual outputs divided by sqrt(2 layers). Whatever else
     is linear (patches, connector, cross-attention): variance 1 / fan-in (LeCun). Latents (queries of a
     Q-Former) and gates as their configuration says (standard normal and zero in Flamingo). Flag embeddings
-    like those of tokens.
+    like those of tokens. Adapters: B zero, A Gaussian (Hu et al. 2021, section 4.1) with the variance that
+    the authors' code gives it, 1 / (3 fan-in).
     """
     std = model.language.init_std
     residual_std = std / math.sqrt(2 * model.language.num_layers)
@@ -49,6 +50,8 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
         (r".*_gate", _constant(model.cross_attention.gate_init)),
         (r".*bias", _constant(0.0)),
         (r"language\.(embedding\.word_embeddings|output_layer)\.weight", _normal(std)),
+        (r"language\..*\.lora\..*\.a", _fan_in(1 / math.sqrt(3))),
+        (r"language\..*\.lora\..*\.b", _constant(0.0)),
         (r"language\..*\.gated_cross_attention\..*\.weight", lecun),
         (r"language\..*\.(linear_qkv|linear_fc1)\.weight", _normal(std)),
         (r"language\..*\.(linear_proj|linear_fc2)\.weight", _normal(residual_std)),

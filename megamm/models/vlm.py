@@ -63,7 +63,7 @@ class VisionLanguageModel(MegatronModule, ABC):
         self.backend_name = backend_name
         self.image_token_id = image_token_id
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        if pre_process:
+        if pre_process and self.sees_images:
             self.vision = VisionTransformer(recipe.model.vision).to(self.config.params_dtype)
             self.connector = self.build_connector()
         self.language = Decoder(
@@ -75,8 +75,10 @@ class VisionLanguageModel(MegatronModule, ABC):
         self.recompute = recipe.training.recompute
         self.incoming = self.outgoing = GradientNeeds()
         freeze(self, recipe.training, recipe.model.language.tie_embeddings)
-        if pre_process:
+        if pre_process and self.sees_images:
             share_gradients(self.vision)
+
+    sees_images = True  # has an encoder and a connector
 
     @abstractmethod
     def build_connector(self) -> nn.Module:
@@ -152,6 +154,7 @@ class VisionLanguageModel(MegatronModule, ABC):
         return_logits: bool,
         **block_kwargs: Any,
     ) -> torch.Tensor:
+        self.language.begin(batch)
         return self.language(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -208,6 +211,21 @@ class MergedModel(VisionLanguageModel):
 
     def pipeline_rows(self) -> int:
         return 0
+
+
+class LanguageModel(MergedModel):
+    """The decoder alone, as it was imported: text only."""
+
+    sees_images = False
+
+    def forward(self, batch: Batch, return_logits: bool = False) -> torch.Tensor:
+        if batch.num_images:
+            raise InputError(f"{batch.num_images} images were given to a language model, which sees none")
+        embeddings = None
+        if self.pre_process:
+            embedded = self.language.embed(batch.input_ids, batch.position_ids)
+            embeddings = self.language.scatter(context_slice(embedded, 0, self.pg_collection.cp))
+        return self._run_decoder(batch, embeddings, return_logits)
 
 
 class CrossAttentionModel(VisionLanguageModel):
@@ -314,8 +332,15 @@ class CrossAttentionModel(VisionLanguageModel):
 
 def build_model(recipe: Recipe, groups: Groups, backend_name: str, image_token_id: int) -> list[nn.Module]:
     """This rank's chunks of the recipe's model (one, unless the interleaved schedule is used), with
-    uninitialised weights, on the rank's device."""
-    model_class = MergedModel if recipe.model.assembly == "merged" else CrossAttentionModel
+    uninitialised weights, on the rank's device.
+
+    Raises:
+        InputError: the recipe is of an encoder alone.
+    """
+    if recipe.model.assembly == "vision":
+        raise InputError("model.assembly: an encoder alone has no logits; import it together with a decoder")
+    classes = {"merged": MergedModel, "cross_attention": CrossAttentionModel, "language": LanguageModel}
+    model_class = classes[recipe.model.assembly]
     num_chunks = recipe.parallel.virtual_pipeline or 1
     chunks = []
     for chunk in range(num_chunks):

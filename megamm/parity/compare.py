@@ -21,7 +21,7 @@ from megamm.parity.layouts import Layout
 Run = dict[str, Any]  # what worker.run returns
 ROUNDING = 1e-6
 INFINITE = float("inf")
-GROUPS = ("vision", "connector", "cross_attention", "embedding", "attention", "mlp", "output")
+GROUPS = ("vision", "connector", "cross_attention", "embedding", "attention", "mlp", "lora", "output")
 
 
 @dataclass(frozen=True)

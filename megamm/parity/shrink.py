@@ -57,6 +57,7 @@ def shrunk(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
         vision=_vision(model.vision, tensor),
         connector=_connector(model.connector, tensor),
         cross_attention=_cross_attention(model, tensor),
+        lora=replace(model.lora, rank=min(model.lora.rank, 4)),
     )
     # room for two images and some text, for splits over tensor-parallel and context-parallel ranks
     split = math.lcm(
@@ -119,6 +120,7 @@ def _vision(vision: VisionConfig, tensor: int) -> VisionConfig:
         preset=None,
         image_size=_SIDE * _PATCH,
         patch_size=_PATCH,
+        weights_image_size=None,
         width=math.lcm(48, tensor),
         num_layers=_VISION_LAYERS,
         num_heads=4,

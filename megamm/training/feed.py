@@ -71,7 +71,7 @@ class BatchFeed:
         Raises:
             MegammError: reading failed, here or on another rank.
         """
-        started = time.perf_counter()
+        started, step_start = time.perf_counter(), self.consumed_samples
         batches: list[Batch | None] = [None] * self.num_micro_batches
         error: BaseException | None = None
         if self._loader is not None:
@@ -82,9 +82,11 @@ class BatchFeed:
         self.consumed_samples = self._agree(error)
         self.seconds_waited = time.perf_counter() - started
         if self.groups.tp_size * self.groups.pp_size == 1:
-            return [batch.to(self.groups.device) for batch in batches if batch is not None]
-        counts = self._share_counts(batches)
-        return [self._share(batch, *count) for batch, count in zip(batches, counts, strict=True)]
+            mine = [batch.to(self.groups.device) for batch in batches if batch is not None]
+        else:
+            counts = self._share_counts(batches)
+            mine = [self._share(batch, *count) for batch, count in zip(batches, counts, strict=True)]
+        return [replace(batch, step_start=step_start) for batch in mine]
 
     def remarks(self) -> list[str]:
         """What the user should know about the samples read so far, by this rank."""

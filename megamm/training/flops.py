@@ -10,6 +10,7 @@ which is 6 P for trained weights, 4 P for frozen weights that gradients cross, a
 gradient is needed (a frozen encoder, or the layers below the first trainable one). Attention has no
 weights: causal self-attention over s positions of width d costs 2 s d forward for each position, and
 three times as much where gradients cross (6 s d).
+An adapter of rank r is two linear layers, of r times the inputs and r times the outputs.
 Everything is a sum over the whole batch, on all devices together.
 """
 
@@ -93,7 +94,8 @@ def _vision(recipe: Recipe) -> float:
     v = recipe.model.vision
     positions, first = v.num_patches + 1, _first_trained(recipe, "vision")
     total = v.num_patches * _linear(3 * v.patch_size**2 * v.width, False, first < 0)
-    weights = 4 * v.width**2 + 2 * v.width * v.mlp_width
+    matrices = 3 if v.activation == "swiglu" else 2
+    weights = 4 * v.width**2 + matrices * v.width * v.mlp_width
     num_used_blocks = range(v.num_layers + 1)[v.feature_layer]
     for block in range(num_used_blocks):
         trained = block >= first
@@ -149,8 +151,6 @@ def _decoder(
     """Decoder layers, the gated blocks between them and the output layer, for a batch."""
     model, m = recipe.model, recipe.model.language
     first, media = _first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
-    kv_width = (m.num_kv_heads or m.num_heads) * m.head_dim
-    weights = 2 * m.hidden_size**2 + 2 * m.hidden_size * kv_width + 3 * m.hidden_size * m.ffn_hidden_size
     pairs = _causal_pairs(recipe.data.sequence_length, m.sliding_window)
     if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
         pairs = min(pairs, num_pairs / num_tokens)
@@ -161,14 +161,43 @@ def _decoder(
         if model.assembly == "cross_attention" and model.cross_attention.stands_before(layer):
             cross_attention += _gated_block(recipe, trained, gradient, num_tokens, num_images)
             gradient = gradient or media or "cross_attention" in trained
-        own = layer >= first
-        gradient = gradient or own
-        per_token = _linear(weights, gradient, own) + _attention(pairs, m.hidden_size, gradient)
+        per_token, gradient = _decoder_layer(recipe, gradient, layer >= first, "lora" in trained, pairs)
         language += num_tokens * per_token
     # the output layer is trained along with the last layers, unless it is a frozen embedding
     own = first < 0 or (first < math.inf and not m.tie_embeddings)
     head = num_tokens * _linear(m.hidden_size * m.vocab_size, gradient, own)
     return {"cross_attention": cross_attention, "language": language, "head": head}
+
+
+def _decoder_layer(
+    recipe: Recipe, gradient: bool, own: bool, adapters_trained: bool, pairs: float
+) -> tuple[float, bool]:
+    """A decoder layer with its adapters, for one position.
+
+    Args:
+        gradient: of the hidden states is needed.
+        own: the layer's weights are trained.
+        adapters_trained: so are its adapters.
+        pairs: positions that it attends to.
+    Returns:
+        FLOPs, and whether a gradient of the hidden states behind the layer is needed.
+    """
+    m, lora = recipe.model.language, recipe.model.lora
+    hidden, ffn, kv_width = m.hidden_size, m.ffn_hidden_size, (m.num_kv_heads or m.num_heads) * m.head_dim
+    first = {"q": (hidden, hidden), "k": (hidden, kv_width), "v": (hidden, kv_width)}
+    rest = ({"o": (hidden, hidden)}, {"gate": (hidden, ffn), "up": (hidden, ffn)}, {"down": (ffn, hidden)})
+    total, gradient = 0.0, gradient or own  # the norm in front of the first linears is trained with them
+    for number, linears in enumerate((first, *rest)):
+        for width, out in linears.values():
+            total += _linear(width * out, gradient, own)
+        adapted = [linears[target] for target in lora.targets if lora.rank and target in linears]
+        for width, out in adapted:
+            total += _linear(lora.rank * width, gradient, adapters_trained)
+            total += _linear(lora.rank * out, gradient or adapters_trained, adapters_trained)
+        gradient = gradient or (adapters_trained and bool(adapted))
+        if number == 0:
+            total += _attention(pairs, hidden, gradient)
+    return total, gradient
 
 
 def _causal_pairs(length: int, window: int | None) -> float:

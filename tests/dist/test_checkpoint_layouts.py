@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.harness import run_distributed
+from tests.dist.tiny import LORA
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -33,8 +34,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "merged": ("merged", {}),
     "frozen": ("cross_attention", {"training.freeze": "[language]"}),
     "bf16": ("merged", {"training.precision": "bf16"}),
+    "lora": ("merged", {**LORA, "model.lora.dropout": 0.0}),  # dropout goes by the seed
 }
-ONLY_PAIR = {"bf16": ("tp2dp2", "pp2")}  # cases of one source and one target
+ONLY_PAIR = {"bf16": ("tp2dp2", "pp2"), "lora": ("tp2pp2", "dp2")}  # cases of one source and one target
 LOSS_TOLERANCE = {"bf16": 2e-3}  # relative; 1e-6 otherwise
 
 Whole = dict[str, torch.Tensor]
@@ -175,7 +177,7 @@ def test_every_layout_loads_every_other(world_size: int, saved: Path) -> None:
     args = {"world_size": world_size, "directory": str(saved)}
     results = run_distributed(world_size, "tests.dist.test_checkpoint_layouts:load_all", args, timeout=240)
     targets = sum(size == world_size for size, _ in LAYOUTS.values())
-    assert len(results[0]) == targets * len(LAYOUTS) * 2 + (world_size == 2)  # bf16: one pair
+    assert len(results[0]) == targets * len(LAYOUTS) * 2 + 2 * (world_size == 2)  # bf16, lora: one pair each
     for pair, (names, loss, expected) in results[0].items():
         assert names == [], pair
         tolerance = LOSS_TOLERANCE.get(pair.split(", ")[1], 1e-6)

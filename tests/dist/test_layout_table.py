@@ -14,7 +14,7 @@ import pytest
 
 from tests.dist.harness import run_distributed
 from tests.dist.test_layouts import TOLERANCE, worst_difference
-from tests.dist.tiny import KINDS
+from tests.dist.tiny import KINDS, LORA
 from tests.dist.workers import whole_tensors
 
 TP2, PP2 = {"parallel.tensor": 2}, {"parallel.pipeline": 2}
@@ -65,6 +65,9 @@ CASES: dict[str, Case] = {
     "merged-recomputed-last_blocks": ("merged", {**RECOMPUTE, **LAST_BLOCKS}),
     "merged-packed-selectively_recomputed": ("merged", {**ROWS["packed"], **SELECTIVE}),
     "idefics-last_blocks": ("idefics", LAST_BLOCKS),
+    "merged-lora": ("merged", LORA),
+    "merged-packed-lora-selectively_recomputed": ("merged", {**ROWS["packed"], **LORA, **SELECTIVE}),
+    "cross_attention-lora-recomputed": ("cross_attention", {**LORA, **RECOMPUTE}),
 }
 
 

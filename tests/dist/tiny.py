@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
+from megamm.models.initialization import weight_drawer
 from megamm.recipe import recipe_from_dict
 
 IMAGE_ID = 3
@@ -37,6 +39,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "connector": {**RESAMPLER, "activation": "relu", "qk_norm": True},
         "cross_attention": {"geometry": "idefics", "every": 2, "qk_norm": True, "vector_gates": True},
     },
+}
+
+
+# adapters on every linear of the decoder, which is frozen, with dropout
+LORA: dict[str, Any] = {
+    "model.lora.rank": 4,
+    "model.lora.alpha": 6,
+    "model.lora.dropout": 0.25,
+    "model.lora.targets": "[q, k, v, o, gate, up, down]",
+    "training.freeze": "[vision, language]",
 }
 
 
@@ -71,6 +83,19 @@ def tiny_recipe(kind: str, overrides: dict[str, Any] | None = None) -> Recipe:
         "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
     }
     return recipe_from_dict(raw, overrides=[f"{key}={value}" for key, value in (overrides or {}).items()])
+
+
+def draw_visible(recipe: Recipe, gate: float = 0.5) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """Initial weights with open gates and adapters that add something: as they start, they would hide
+    themselves from every comparison."""
+    draw = weight_drawer(recipe.model, recipe.seed)
+
+    def visible(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if ".lora." in name and name.endswith(".b"):
+            return draw(f"{name[:-1]}b.a", shape)  # as if it were an A
+        return draw(name, shape) + (gate if name.endswith("_gate") else 0.0)
+
+    return visible
 
 
 def tiny_batch(recipe: Recipe, index: int) -> Batch:

@@ -15,9 +15,8 @@ from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_p
 from megamm.engine.pipeline import forward_backward
 from megamm.engine.weights import initialize, named_shards
 from megamm.models.freezing import part_of
-from megamm.models.initialization import weight_drawer
 from megamm.models.vlm import build_model
-from tests.dist.tiny import IMAGE_ID, tiny_batch, tiny_recipe
+from tests.dist.tiny import IMAGE_ID, draw_visible, tiny_batch, tiny_recipe
 
 
 def without_overlapped_p2p(models: list[Any]) -> None:
@@ -72,7 +71,7 @@ class Run:
         self.recipe = recipe
         self.layout = groups.initialize(recipe.parallel, torch.device("cpu"), "gloo")
         self.models = build_model(recipe, self.layout, "local", IMAGE_ID)
-        initialize(self.models, _draw_open_gates(recipe))
+        initialize(self.models, draw_visible(recipe))
         if sabotage:
             SABOTAGE[sabotage](self.models)
         self.wrapped = wrap_data_parallel(self.models, recipe, self.layout)
@@ -118,12 +117,6 @@ class Run:
             for s in named_shards(model, select):
                 found.append((s.name, s.global_shape, s.index, s.data.detach().clone()))
         return found
-
-
-def _draw_open_gates(recipe: Recipe) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """Initial weights with open gates: closed ones would hide the gated blocks from every comparison."""
-    draw = weight_drawer(recipe.model, recipe.seed)
-    return lambda name, shape: draw(name, shape) + (0.5 if name.endswith("_gate") else 0.0)
 
 
 def gradients_of(run: Run) -> list[Any]:

@@ -16,6 +16,8 @@ from megamm.models.vlm import build_model
 from tests.dist.tiny import IMAGE_ID, KINDS, tiny_recipe
 from tests.one_process import whole
 
+ADAPTERS = {"lora__rank": 32, "lora__targets": "[q, down]"}
+
 
 def drawn(kind: str, layout: Groups, seed: int = 1, **overrides: Any) -> dict[str, torch.Tensor]:
     """All weights of a model that was full of NaN before; `overrides` are keys of its "model" section."""
@@ -33,6 +35,7 @@ def drawn(kind: str, layout: Groups, seed: int = 1, **overrides: Any) -> dict[st
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter(layout: Groups) -> None:
     recipe = tiny_recipe("cross_attention")
     names = {name for kind in KINDS for name in drawn(kind, layout)}
+    names |= drawn("merged", layout, **ADAPTERS).keys()
     assert len(names) > 150
     patterns = [pattern for pattern, _ in initialization_table(recipe.model)]
     first = {name: next(p for p in patterns if re.fullmatch(p, name)) for name in names}
@@ -121,6 +124,13 @@ def test_spreads_of_the_qformer(layout: Groups) -> None:
     }
     for name, wanted in expected.items():
         has_spread(weights[f"connector.{name}"], wanted, name)
+
+
+def test_spreads_of_adapters(layout: Groups) -> None:
+    weights, layer = drawn("merged", layout, **ADAPTERS), "language.decoder.layers.2."
+    for linear, width in (("self_attention.linear_qkv.lora.q", 64), ("mlp.linear_fc2.lora.down", 96)):
+        has_spread(weights[f"{layer}{linear}.a"], 1 / math.sqrt(3 * width), linear)
+        assert torch.equal(weights[f"{layer}{linear}.b"], torch.zeros(64, 32))
 
 
 def test_spreads_of_idefics(layout: Groups) -> None:

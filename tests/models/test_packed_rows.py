@@ -10,7 +10,7 @@ import torch
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.engine.groups import Groups
-from tests.dist.tiny import IMAGE_ID, KINDS, tiny_batch, tiny_recipe
+from tests.dist.tiny import IMAGE_ID, KINDS, LORA, tiny_batch, tiny_recipe
 from tests.one_process import build, whole
 
 
@@ -19,7 +19,7 @@ def apart(packed: Batch, span: int) -> list[Batch]:
     alone, start, first_image = [], 0, 0
     images = packed.images
     lengths = packed.document_lengths()
-    for length in lengths:
+    for number, length in enumerate(lengths):
         row = slice(start, start + length)
         start += length
         if (packed.labels[0, row] == IGNORE_INDEX).all():
@@ -32,7 +32,7 @@ def apart(packed: Batch, span: int) -> list[Batch]:
                 position_ids=packed.position_ids[:, row],
                 images=images[first_image : first_image + num_images],
                 images_per_sample=torch.tensor([num_images]),
-                sample_ids=packed.sample_ids[:1],
+                sample_ids=packed.sample_ids[number : number + 1],
             )
         )
         first_image += num_images
@@ -44,6 +44,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS),
     ("merged", {"model.language.sliding_window": 6}),
     ("cross_attention", {"model.cross_attention.skip_text_only": True}),
+    ("merged", LORA),
 ]
 
 

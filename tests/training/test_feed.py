@@ -85,8 +85,10 @@ def test_every_rank_gets_its_batches(
     for result in run_distributed(4, "tests.training.test_feed:read", arguments):
         _tp_rank, pp_rank, dp_rank = result["coordinates"]
         assert result["error"] is None
+        start = 5
         for (end, batches), (wanted, wanted_end) in zip(result["steps"], shares[dp_rank], strict=True):
-            assert end == wanted_end
+            assert end == wanted_end and {batch.step_start for batch in batches} == {start}
+            start = end
             for batch, expected in zip(batches, wanted, strict=True):
                 check_same(batch, expected, with_images=pp_rank == 0)
     counts = {len(batch.sample_ids) for share in shares for step, _ in share for batch in step}

@@ -54,11 +54,13 @@ def counted(forward: Any) -> float:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 @pytest.mark.parametrize("trained", [True, False])
-def test_vision(trained: bool, feature_layer: int) -> None:
+def test_vision(trained: bool, feature_layer: int, activation: str) -> None:
+    vision = {"feature_layer": feature_layer, "activation": activation}
     freeze = "[]" if trained else "[vision]"
-    r = recipe(f"training.freeze={freeze}", f"model.vision.feature_layer={feature_layer}")
+    r = recipe(f"training.freeze={freeze}", *(f"model.vision.{key}={value}" for key, value in vision.items()))
     tower = VisionTransformer(r.model.vision).requires_grad_(trained)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
@@ -290,6 +292,54 @@ def test_language_model_trained_from_a_layer_on(first: int) -> None:
         inner = r.model.cross_attention.num_heads * r.model.cross_attention.head_dim
         unneeded = 2 * 2 * LENGTH * r.model.connector.num_latents * inner
     assert counts == counted(lambda: plain_decoder(r, media, freeze, first)) + unneeded
+
+
+def adapted_decoder(r: Recipe, trained: bool) -> torch.Tensor:
+    """A frozen decoder with adapters as bare matrix products; its embeddings need no gradient."""
+    m, rank = r.model.language, r.model.lora.rank
+    hidden, ffn, kv = m.hidden_size, m.ffn_hidden_size, (m.num_kv_heads or 0) * m.head_dim
+
+    def linear(x: torch.Tensor, target: str, out: int) -> torch.Tensor:
+        width = x.shape[-1]
+        y = x @ torch.randn(width, out)
+        if target not in r.model.lora.targets:
+            return y
+        a, b = torch.randn(width, rank), torch.randn(rank, out)
+        return y + (x @ a.requires_grad_(trained)) @ b.requires_grad_(trained)
+
+    x = torch.randn(1, LENGTH, hidden)
+    for _ in range(m.num_layers):
+        q, k, v = linear(x, "q", hidden), linear(x, "k", kv), linear(x, "v", kv)
+        k, v = (y.repeat(1, 1, hidden // kv) for y in (k, v))
+        x = x + linear((q @ k.mT).softmax(-1) @ v, "o", hidden)
+        x = x + linear(linear(x, "gate", ffn) * linear(x, "up", ffn), "down", hidden)
+    return x @ torch.randn(hidden, m.vocab_size)
+
+
+@pytest.mark.parametrize("freeze", [["vision", "connector", "language"], ["vision", "connector", "lora"]])
+@pytest.mark.parametrize("targets", [["q", "k", "v", "o", "gate", "up", "down"], ["k", "up"], ["down"]])
+def test_adapters(targets: list[str], freeze: list[str]) -> None:
+    settings = ["model.lora.rank=24", f"model.lora.targets={targets}", f"training.freeze={freeze}"]
+    r = recipe(*settings)
+    layers, hidden = r.model.language.num_layers, r.model.language.hidden_size
+    square = 2 * LENGTH * LENGTH * hidden
+    parts = flops_by_part(r, LENGTH, 0)
+    if "lora" in freeze:  # everything else of the decoder is trained: frozen adapters that gradients cross
+        plain = flops_by_part(recipe(f"training.freeze={freeze[:2]}"), LENGTH, 0)
+        widths = {"q": 256, "k": 192, "v": 192, "o": 256, "gate": 472, "up": 472, "down": 472}
+        adapters = 4 * LENGTH * layers * 24 * sum(widths[target] for target in targets)
+        assert parts == {**plain, "language": plain["language"] + adapters}
+        return
+    crossed = layers if set("qkv") & set(targets) else layers - 1  # by gradients, of the attentions
+    unneeded = 0.0
+    if (
+        targets[0] == "k"
+    ):  # in the first layer, q and v are constant: no gradient of q, none of the weighted sum
+        unneeded = 2 * LENGTH * LENGTH * hidden * 2
+    measured = counted(lambda: adapted_decoder(r, True))
+    assert (
+        parts["language"] + parts["head"] + square * (3 * crossed + layers - crossed) == measured + unneeded
+    )
 
 
 def test_published_definition_on_a_large_model() -> None:

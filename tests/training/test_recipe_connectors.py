@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamm.errors import InputError
-from megamm.recipe_checks import BELONGS_TO
+from megamm.recipe_checks.model import BELONGS_TO
 from tests.training.test_recipe import FLAMINGO, make
 
 QFORMER = ["model.connector.kind=qformer", "model.connector.num_latents=8"]

@@ -1,0 +1,53 @@
+"""The typed form of a recipe: one YAML file per training stage.
+
+Every key of a recipe is a field below; an unknown key is an error. `megamm.recipe` reads, overrides
+and validates recipes; nothing else parses YAML.
+"""
+
+from __future__ import annotations
+
+from megamm.config.model import (
+    UNCOMPARED_KEYS,
+    ConnectorConfig,
+    CrossAttentionConfig,
+    LanguageConfig,
+    LoraConfig,
+    ModelConfig,
+    Part,
+    VisionConfig,
+)
+from megamm.config.stage import (
+    CheckpointConfig,
+    DataConfig,
+    ImageConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    RecomputeConfig,
+    ResumeConfig,
+    TrainingConfig,
+    UnfreezeConfig,
+)
+
+__all__ = [
+    "UNCOMPARED_KEYS",
+    "CheckpointConfig",
+    "ConnectorConfig",
+    "CrossAttentionConfig",
+    "DataConfig",
+    "ImageConfig",
+    "LanguageConfig",
+    "LogConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Part",
+    "Recipe",
+    "RecomputeConfig",
+    "ResumeConfig",
+    "TrainingConfig",
+    "UnfreezeConfig",
+    "VisionConfig",
+]

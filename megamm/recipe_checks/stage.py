@@ -1,0 +1,113 @@
+"""Sequences, batches, and what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megamm.config import Recipe
+from megamm.recipe_checks.common import divides
+
+
+def check_sequence(recipe: Recipe) -> Iterator[str]:
+    length, model, p = recipe.data.sequence_length, recipe.model, recipe.parallel
+    if length > model.language.max_positions:
+        yield (
+            f"data.sequence_length: {length} is more than model.language.max_positions "
+            f"{model.language.max_positions}; shorten it or raise max_positions"
+        )
+    if model.tokens_per_image >= length:
+        yield (
+            f"data.sequence_length: {length} leaves no room for text beside the {model.tokens_per_image} "
+            f"positions of one image; raise it or lower "
+            f"model.{'connector.num_latents' if model.connector.kind == 'qformer' else 'vision.image_size'}"
+        )
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence: needs parallel.tensor above 1; set parallel.sequence=false"
+    if p.sequence:
+        yield from divides("data.sequence_length", length, "parallel.tensor", p.tensor)
+    if p.context > 1:  # each rank has an early and a late chunk, which sequence parallelism splits further
+        parts = 2 * p.context * (p.tensor if p.sequence else 1)
+        yield from divides("data.sequence_length", length, "the chunks of parallel.context", parts)
+
+
+def check_batch(recipe: Recipe) -> Iterator[str]:
+    t = recipe.training
+    yield from divides(
+        "training.global_batch_size", t.global_batch_size, "training.micro_batch_size", t.micro_batch_size
+    )
+
+
+def check_packing(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.pack and recipe.parallel.context > 1:
+        yield (
+            f"data.pack: the documents of a packed row cannot be split over parallel.context "
+            f"{recipe.parallel.context}; set data.pack=false or parallel.context=1"
+        )
+
+
+def check_freeze(recipe: Recipe) -> Iterator[str]:
+    if "cross_attention" in recipe.training.freeze and recipe.model.assembly == "merged":
+        yield (
+            "training.freeze: holds cross_attention, which a model with model.assembly merged does not "
+            "have; remove it"
+        )
+    if "lora" in recipe.training.freeze and not recipe.model.lora.rank:
+        yield "training.freeze: holds lora, but model.lora.rank is 0; remove it, or give a rank"
+    yield from _unfreeze(recipe)
+    if not trainable_parts(recipe):
+        yield "training.freeze: every part is frozen, so nothing would be trained; remove one"
+
+
+def _unfreeze(recipe: Recipe) -> Iterator[str]:
+    vision = recipe.model.vision
+    used_blocks = range(vision.num_layers + 1)[vision.feature_layer]
+    blocks = {"vision": used_blocks, "language": recipe.model.language.num_layers}
+    for part, num_blocks in blocks.items():
+        first = getattr(recipe.training.unfreeze, part)
+        if first is None:
+            continue
+        key = f"training.unfreeze.{part}"
+        if part not in recipe.training.freeze:
+            yield f"{key}: is {first}, but {part} is trained as a whole; add {part} to training.freeze"
+        elif not 0 <= first < num_blocks:
+            yield f"{key}: {first} is not one of the {num_blocks} blocks in use; give 0 to {num_blocks - 1}"
+
+
+def trainable_parts(recipe: Recipe) -> list[str]:
+    """The parts of the model (names as in training.freeze) that this stage trains, wholly or partly."""
+    parts = ["vision", "connector", "language"]
+    if recipe.model.assembly == "cross_attention":
+        parts.append("cross_attention")
+    if recipe.model.lora.rank:
+        parts.append("lora")
+    unfreeze = recipe.training.unfreeze
+    partly = {"vision": unfreeze.vision is not None, "language": unfreeze.language is not None}
+    return [part for part in parts if part not in recipe.training.freeze or partly.get(part)]
+
+
+def warnings(recipe: Recipe) -> Iterator[str]:
+    o, t = recipe.optimizer, recipe.training
+    decay_key = "training.steps" if o.decay_steps is None else "optimizer.decay_steps"
+    decay = t.steps if o.decay_steps is None else o.decay_steps
+    if o.warmup_steps and o.warmup_steps >= decay:
+        reached = o.lr * min(1.0, t.steps / o.warmup_steps)
+        yield (
+            f"optimizer.warmup_steps: the {o.warmup_steps} steps of warm-up do not end before {decay_key} "
+            f"{decay}, so the rate never decays and reaches {reached:.3g} instead of {o.lr:g}"
+        )
+    if o.decay_steps is not None and o.decay_steps < t.steps:
+        yield (
+            f"optimizer.decay_steps: {o.decay_steps} is less than training.steps {t.steps}; the last "
+            f"{t.steps - o.decay_steps} steps run at min_lr {o.min_lr:g}"
+        )
+    if recipe.model.lora.rank and "language" not in t.freeze:
+        yield (
+            "model.lora: the linears are trained themselves, so their adapters only cost memory; add "
+            "language to training.freeze"
+        )
+    frozen_afresh = [p for p in ("vision", "language") if p in t.freeze]
+    if frozen_afresh and t.init_from is None:
+        yield (
+            f"training.freeze: {' and '.join(frozen_afresh)} would stay at random weights, because "
+            f"training.init_from is null; give a checkpoint to start from"
+        )
