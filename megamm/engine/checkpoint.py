@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamm.config import ParallelConfig, Recipe
+from megamm.config import Recipe
 from megamm.engine import frozen as frozen_weights
-from megamm.engine import groups as process_groups
 from megamm.engine import manifest as manifests
 from megamm.engine.frozen import DIRECTORY as FROZEN
 from megamm.engine.frozen import FrozenFiles, FrozenWeights
@@ -27,7 +26,7 @@ from megamm.engine.loading import (
     read_weights,
     tokenizer_directory,
 )
-from megamm.engine.manifest import FileEntry, Manifest, Progress, resolve
+from megamm.engine.manifest import FileEntry, Manifest, Progress, Verification, resolve
 from megamm.engine.ranks import describe, gather, gather_on_rank_0, on_rank_0
 from megamm.engine.sharded_files import (
     FileWriter,
@@ -35,15 +34,17 @@ from megamm.engine.sharded_files import (
     ShardedSave,
     WrittenFile,
     read_index,
-    write_tensors,
 )
 from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
+from megamm.engine.weight_files import StreamedTensor, WeightFiles, whole_tensors, write_streamed
 from megamm.errors import InputError, RunError
 from megamm.recipe import recipe_hash, recipe_to_yaml
 
 __all__ = [
     "Checkpoints",
     "Progress",
+    "Verification",
+    "WeightFiles",
     "load_weights",
     "read_recipe",
     "read_weights",
@@ -300,13 +301,16 @@ def _all_files(directory: Path, hashed: dict[str, FileEntry]) -> dict[str, FileE
 
 
 def write_weights(
-    out: Path, tensors: dict[str, torch.Tensor], recipe: Recipe, tokenizer: Path | None
+    out: Path,
+    tensors: Mapping[str, torch.Tensor] | Iterable[StreamedTensor],
+    recipe: Recipe,
+    tokenizer: Path | None,
 ) -> Path:
     """Write a checkpoint of weights only, from one process; any layout can load it.
 
     Args:
         out: the checkpoint's directory; must not exist.
-        tensors: whole tensors by their checkpoint names.
+        tensors: whole tensors by their checkpoint names, or such as are made when they are written.
         recipe: describes the model.
         tokenizer: directory that is copied along, if there is one.
     Raises:
@@ -314,19 +318,17 @@ def write_weights(
     """
     if out.exists():
         raise InputError(f"{out}: already exists; choose another --out or remove it")
-    owns_groups = not dist.is_initialized()
-    process_groups.initialize(ParallelConfig(), torch.device("cpu"), "gloo")
+    streamed = whole_tensors(tensors) if isinstance(tensors, Mapping) else tensors
     temporary = out.parent / f"{_INCOMPLETE}{out.name}"
     try:
         (temporary / "shards").mkdir(parents=True)
-        written = write_tensors(tensors, temporary / "shards")
+        written = write_streamed(streamed, temporary / "shards")
         _describe(temporary, recipe, partial(shutil.copytree, tokenizer) if tokenizer else None)
         hashed = {path.relative_to(temporary).as_posix(): entry for path, entry in written.items()}
         layout = {"tensor": 1, "pipeline": 1, "data": 1}
         manifest = Manifest(0, 0, layout, recipe_hash(recipe), False, _all_files(temporary, hashed))
-        manifests.commit(temporary, out, manifest)
+        # what the weights came from is still there: no need to wait for the disk
+        manifests.commit(temporary, out, manifest, durable=False)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if owns_groups:
-            process_groups.shutdown()
     return out

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -17,8 +16,9 @@ from megamm.engine import manifest as manifests
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import Manifest
 from megamm.engine.ranks import gather
-from megamm.engine.sharded_files import load_sharded, read_index, read_tensors, saved_tensors, tensors_of
+from megamm.engine.sharded_files import load_sharded, read_index, saved_tensors, tensors_of
 from megamm.engine.sharded_state import chunk_key, model_state, state_to_load
+from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError
 from megamm.recipe import load_recipe, recipe_hash
 
@@ -152,7 +152,8 @@ def load_weights(
     Returns:
         The parts that the checkpoint does not have.
     Raises:
-        InputError: the checkpoint is damaged, or has only some of the tensors of a part.
+        InputError: the checkpoint is damaged, has only some of the tensors of a part, or has a part that the
+            model lacks.
     """
     _verify_shared_out(checkpoint)
     saved = saved_tensors(checkpoint / "shards")
@@ -168,6 +169,12 @@ def load_weights(
     everywhere = {key for part in gather(wanted) for key in part}
     missing = {part_of(key) for key in everywhere - saved.keys()}
     present = {part_of(key) for key in everywhere & saved.keys()}
+    if left_over := {part_of(key) for key in saved} - missing - present:
+        raise InputError(
+            f"{checkpoint}: has weights of {', '.join(sorted(left_over))}, which would be lost, because the "
+            "recipe's model has no such part; describe it in the model section, as the checkpoint's "
+            "recipe.yaml does"
+        )
     unknown = {key for key in saved.keys() - everywhere if part_of(key) in present}
     if missing & present or unknown:
         names = sorted(unknown | {key for key in everywhere - saved.keys() if part_of(key) in present})
@@ -192,7 +199,11 @@ def tokenizer_directory(checkpoint: Path) -> Path:
     return checkpoint / "tokenizer"
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All weights as whole tensors by name; verified first; needs no process group."""
+def read_weights(checkpoint: Path) -> WeightFiles:
+    """All weights as whole tensors by name, read when asked for; verified first; needs no process group.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
     manifests.verify(checkpoint)
-    return read_tensors(checkpoint / "shards")
+    return WeightFiles(checkpoint / "shards")

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from megamm.errors import InputError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
-_HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,9 @@ def files_below(directory: Path) -> list[str]:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and sha256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return FileEntry(size, digest.hexdigest())
+    with path.open("rb", buffering=0) as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileEntry(stream.tell(), digest.hexdigest())
 
 
 def find_damage(checkpoint: Path, names: list[str], files: dict[str, FileEntry]) -> list[str]:
@@ -176,21 +173,65 @@ def verify(checkpoint: Path) -> Manifest:
         InputError: naming each damaged file.
     """
     manifest = read_manifest(checkpoint)
-    damage = find_damage(checkpoint, sorted(manifest.files), manifest.files)
-    if damage:
-        raise InputError("; ".join(damage) + "; use another checkpoint or restore the file")
+    _refuse(find_damage(checkpoint, sorted(manifest.files), manifest.files))
     return manifest
 
 
-def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest, make all files durable, and give the directory its name."""
+class Verification:
+    """A checkpoint's large files are compared with its manifest while something is made of them, its small
+    ones before. `wait` has to come before the result is used.
+
+    Raises:
+        InputError: from `with` or `wait`, naming each damaged file; also in place of an error that damage
+            may have caused.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="verify")
+        self._jobs: list[Future[list[str]]] = []
+
+    def __enter__(self) -> Verification:
+        files = read_manifest(self._checkpoint).files
+        large = {name for name in files if name.endswith(".distcp")}
+        _refuse(find_damage(self._checkpoint, sorted(files.keys() - large), files))
+        self._jobs = [
+            self._pool.submit(find_damage, self._checkpoint, [name], files) for name in sorted(large)
+        ]
+        return self
+
+    def wait(self) -> None:
+        """Return when all files were found to be as they were saved."""
+        _refuse([phrase for job in self._jobs for phrase in job.result()])
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is not None and issubclass(kind, Exception) and not issubclass(kind, InputError):
+                self.wait()
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _refuse(damage: list[str]) -> None:
+    if damage:
+        raise InputError("; ".join(damage) + "; use another checkpoint or restore the file")
+
+
+def commit(temporary: Path, final: Path, manifest: Manifest, durable: bool = True) -> None:
+    """Write the manifest, make all files durable, and give the directory its name.
+
+    Args:
+        durable: wait until the disk has everything. Without it the checkpoint may be found damaged after a
+            power failure: fit for what can be made again.
+    """
     (temporary / MANIFEST).write_text(manifest.to_json())
-    for path in [*temporary.rglob("*"), temporary]:
+    for path in [*temporary.rglob("*"), temporary] if durable else []:
         _sync(path)
     if final.exists():  # the same step saved again, e.g. after a damaged one was passed over
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(final.parent)
+    if durable:
+        _sync(final.parent)
 
 
 def _sync(path: Path) -> None:

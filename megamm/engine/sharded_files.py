@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
@@ -124,8 +123,13 @@ class ShardedSave:
 
     def write_common(self, content_metadata: dict[str, Any]) -> None:
         """Write what makes the directory one that megatron-core loads by itself (rank 0 alone)."""
-        torch.save({**self.common, "content_metadata": content_metadata}, self.directory / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
+        write_common(self.common, content_metadata, self.directory)
+
+
+def write_common(common: dict[str, Any], content_metadata: dict[str, Any], directory: Path) -> None:
+    """Write the small files of a directory: what lies in no shard, and the name of the format."""
+    torch.save({**common, "content_metadata": content_metadata}, directory / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 class HostCopies:
@@ -242,27 +246,3 @@ def saved_tensors(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dty
     """Name -> (shape, dtype) of the model's tensors in the files (optimizer state left out)."""
     found = tensors_of(read_index(directory))
     return {name: value for name, value in found.items() if not name.startswith("optimizer.")}
-
-
-def read_tensors(directory: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Whole tensors of the model by name, read in one process without a process group."""
-    available = saved_tensors(directory)
-    wanted = {
-        name: torch.empty(*available[name][:1], dtype=available[name][1]) for name in names or available
-    }
-    dcp.load(wanted, storage_reader=dcp.FileSystemReader(str(directory)), no_dist=True)
-    return wanted
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> dict[Path, FileEntry]:
-    """Write whole tensors so that every layout can load them; needs a process group of one.
-
-    Returns:
-        Size and hash of the files that hold them.
-    """
-    state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
-    save = ShardedSave({"model": state}, directory, copies=None)
-    written = FileWriter(save.files).results()
-    save.write_common({})
-    save.complete([result for file in written for result in file.results])
-    return {file.path: file.entry for file in written}

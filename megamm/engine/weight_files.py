@@ -1,0 +1,263 @@
+"""Weights in and out of a checkpoint's sharded files, one tensor at a time, in one process.
+
+The files are those of `sharded_files` (torch_dist format: every layout loads them), but written without a
+state dict of the model and without process groups, and read as views of the files: the memory this takes does
+not depend on the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megamm.engine.manifest import FileEntry
+from megamm.engine.mapped_files import Extent, MappedFile, blocks, give_back, unpickled_extents
+from megamm.engine.sharded_files import read_index, write_common
+
+THREADS = min(4, os.cpu_count() or 1)
+_MAX_FILE = 4 * 1000**3  # bytes, but a tensor is never split
+_FILES_PER_THREAD = 4  # so that no thread ends much later than the others
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is made when it is written.
+
+    Attributes:
+        pieces: tensors whose numbers, one piece after another, are those of the tensor.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[StreamedTensor]:
+    """Tensors that are there already."""
+    for name, tensor in tensors.items():
+        yield StreamedTensor(name, tensor.dtype, tuple(tensor.shape), partial(tuple, (tensor,)))
+
+
+def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at a place of a file (descriptor)."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def write_streamed(tensors: Iterable[StreamedTensor], directory: Path) -> dict[Path, FileEntry]:
+    """Write whole tensors, so that every layout can load them.
+
+    Args:
+        tensors: in the order in which they are best read.
+        directory: exists, and is empty.
+    Returns:
+        Size and hash of the files that hold them.
+    Raises:
+        OSError: the disk is full, ...
+    """
+    groups = _into_files(list(tensors))
+    paths = [directory / f"__0_{number}.distcp" for number in range(len(groups))]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="convert") as pool:
+        futures = [pool.submit(_write_file, *job) for job in zip(paths, groups, strict=True)]
+        written = results(futures)
+    write_common({}, {}, directory)
+    index = Metadata({tensor.name: _describe(tensor) for group in groups for tensor in group})
+    dcp.FileSystemWriter(directory).finish(index, [result for _, result in written])
+    return {path: entry for path, (entry, _) in zip(paths, written, strict=True)}
+
+
+def results(futures: list[Future[Any]]) -> list[Any]:
+    """Their results in order; if one fails, those that have not begun never do."""
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _into_files(tensors: list[StreamedTensor]) -> list[list[StreamedTensor]]:
+    total = sum(tensor.num_bytes for tensor in tensors)
+    limit = min(_MAX_FILE, -(-total // (THREADS * _FILES_PER_THREAD)))
+    groups: list[list[StreamedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.num_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.num_bytes
+    return groups
+
+
+def _describe(tensor: StreamedTensor) -> TensorStorageMetadata:
+    shape = torch.Size(tensor.shape)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+    return TensorStorageMetadata(TensorProperties(tensor.dtype), shape, [chunk])
+
+
+def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, list[WriteResult]]:
+    places = []
+    with _HashedFile(path) as file:
+        for tensor in tensors:
+            begin = file.size
+            before, after = _archive_around(tensor.dtype, tensor.shape)
+            file.write(before)
+            for piece in tensor.pieces():
+                for block in blocks(piece):
+                    file.write(block)
+            if file.size - begin != len(before) + tensor.num_bytes:
+                raise AssertionError(f"{tensor.name}: its pieces do not make up a tensor of {tensor.shape}")
+            file.write(after)
+            info = _StorageInfo(path.name, begin, file.size - begin)
+            place = MetadataIndex(tensor.name, torch.Size([0] * len(tensor.shape)))
+            places.append(WriteResult(place, info.length, info))
+            file.write(bytes(-file.size % _ALIGNMENT))
+        return file.entry(), places
+
+
+class _HashedFile:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        write_at(self._file.fileno(), data, self.size)
+        self.size += len(data)
+
+    def entry(self) -> FileEntry:
+        return FileEntry(self.size, self._hash.hexdigest())
+
+
+def _archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the numbers of a tensor."""
+    frame = _Frame()
+    with torch.serialization.skip_data():  # the numbers are skipped, so this memory is never touched
+        torch.save(torch.empty(shape, dtype=dtype), cast(BinaryIO, frame))
+    return bytes(frame.before), bytes(frame.after)
+
+
+class _Frame(io.RawIOBase):
+    """Takes what is written before and behind the one place that is skipped."""
+
+    def __init__(self) -> None:
+        self.before, self.after = bytearray(), bytearray()
+        self._current = self.before
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._current += bytes(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_CUR or self._current is self.after:
+            raise AssertionError("torch.save skips more than the numbers of one tensor")
+        self._current = self.after
+        return len(self.before) + offset
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """The weights in a directory of sharded files, as whole tensors, each read when it is asked for.
+
+    Tensors that lie in one piece are views of their file; do not change them.
+
+    Raises:
+        ValueError: a file is not as the index says (when a tensor is asked for).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        index = read_index(directory)
+        self._tensors = {
+            name: entry
+            for name, entry in index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+        self._places: dict[tuple[str, torch.Size], _StorageInfo] = {
+            (place.fqn, place.offset): info
+            for place, info in index.storage_data.items()
+            if place.fqn in self._tensors
+        }
+        self._files: dict[str, MappedFile] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].properties.dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._tensors[name]
+        if len(entry.chunks) == 1:
+            return self._chunk(name, entry.chunks[0])
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            window = whole
+            for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                window = window.narrow(dim, offset, size)
+            part = self._chunk(name, chunk)
+            window.copy_(part)
+            give_back(part)
+        return whole
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        info = self._places[name, chunk.offsets]
+        if info.relative_path not in self._files:
+            self._files[info.relative_path] = MappedFile(self._directory / info.relative_path)
+        file = self._files[info.relative_path]
+        extent = unpickled_extents(file, info.offset, info.length)
+        if not isinstance(extent, Extent) or extent.shape != tuple(chunk.sizes):
+            raise ValueError(f"{file.path}: holds something else for {name} than its index says")
+        return file.tensor(extent)
