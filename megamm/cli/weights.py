@@ -6,9 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, positive
+from megamm.cli.common import add_command, positive, positive_number
 
-FAMILIES = ("llava",)
+# as in convert/families.py, which would take a second to import
+FAMILIES = (
+    *("llava", "llava_original", "idefics", "infimm", "open_flamingo", "xcomposer"),
+    *("llama", "internlm", "clip", "openclip", "eva", "peft"),
+)
+DEFAULT_TOLERANCE = 1e-4
 
 
 def add_parsers(commands: Any) -> None:
@@ -34,7 +39,7 @@ def add_parsers(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="HF_DIR",
-        help="model directory; give it again for each part (language model, vision encoder)",
+        help="model directory or file of weights; give it again for each part (language model, encoder, ...)",
     )
     importing.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint to write")
     importing.add_argument(
@@ -62,7 +67,32 @@ def add_parsers(commands: Any) -> None:
     )
     exporting.add_argument("--out", type=Path, required=True, metavar="HF_DIR", help="directory to write")
     exporting.add_argument(
-        "--family", choices=FAMILIES, default="llava", help="model class to write (default llava)"
+        "--family", choices=FAMILIES, default="llava", help="format to write (default llava)"
+    )
+    exporting.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="add adapters to the weights that they adapt, also if the format has a place for them",
+    )
+    comparing = add_command(
+        directions,
+        "verify",
+        verify_weights,
+        "compare a checkpoint's logits with those of transformers, on random ids and images",
+        "megamm convert verify --checkpoint ckpt/llava --against llava-1.5-7b-hf",
+    )
+    comparing.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="CKPT", help="checkpoint or run directory"
+    )
+    comparing.add_argument(
+        "--against", type=Path, required=True, metavar="HF_DIR", help="model that transformers loads"
+    )
+    comparing.add_argument(
+        "--tolerance",
+        type=positive_number,
+        default=DEFAULT_TOLERANCE,
+        metavar="X",
+        help=f"largest difference of logits, as a share of the largest logit (default {DEFAULT_TOLERANCE:g})",
     )
     verify_parser = add_command(
         commands,
@@ -84,7 +114,7 @@ def import_weights(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     layout = ParallelConfig(tensor=args.tp or 1, pipeline=args.pp or 1) if args.tp or args.pp else None
-    written = import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout)
+    written = import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout, report=print)
     print(f"wrote {written}")
     if not (written / "tokenizer").is_dir():
         print("note: no tokenizer.model in the sources; to train or to generate, import with --tokenizer")
@@ -95,11 +125,26 @@ def export_weights(args: argparse.Namespace) -> int:
     """Run `megamm convert export`."""
     from megamm.convert import export_checkpoint
 
-    report = export_checkpoint(args.checkpoint, args.out, args.family)
+    report = export_checkpoint(args.checkpoint, args.out, args.family, merge_lora=args.merge_lora)
     print(f"wrote {report.out}: {report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f} MB")
     for note in report.notes:
         print(f"note: {note}")
     return 0
+
+
+def verify_weights(args: argparse.Namespace) -> int:
+    """Run `megamm convert verify`."""
+    from megamm.evaluation.reference import compare_with_reference
+
+    found = compare_with_reference(args.checkpoint, args.against)
+    is_same = found.is_within(args.tolerance)
+    images = f", {found.num_images} image(s)" if found.num_images else ""
+    print(
+        f"{'same' if is_same else 'DIFFERENT'}: logits differ by at most {found.difference:.1e} (the largest"
+        f" is {found.scale:.1e}, tolerance {args.tolerance:g}) over {found.num_sequences} sequences of"
+        f" {found.num_positions} positions{images}"
+    )
+    return 0 if is_same else 1
 
 
 def verify(args: argparse.Namespace) -> int:

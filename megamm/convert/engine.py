@@ -1,8 +1,4 @@
-"""Applying a table of rules, one tensor at a time: reading and writing safetensors without ever
-holding a model in memory.
-
-Files are read through safetensors only, which cannot run code; files that can (pickles) are refused.
-"""
+"""Applying a table of rules, one tensor at a time, without ever holding a model in memory."""
 
 from __future__ import annotations
 
@@ -11,28 +7,31 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megamm.convert.family import TensorFiles
 from megamm.convert.rules import Rule, Shape, Table, listed
+from megamm.engine.mapped_files import MappedFile, blocks, give_back, unpickled_extents
+from megamm.engine.weight_files import THREADS, StreamedTensor, results, write_at
 from megamm.errors import InputError, RunError
 
 MAX_SHARD_BYTES = 5 * 1000**3
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_DTYPE_NAMES = {
+FLOAT_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,104 +56,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class SafetensorsDirectory:
-    """The tensors of a Hugging Face model directory, whole or in shards, opened for reading.
-
-    All headers are checked when it is made: a damaged or missing file is found before any conversion.
-
-    Raises:
-        InputError: there are no safetensors, a shard is missing or damaged, or index and shards differ.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._files = {name: _open(directory / name) for name in _shard_names(directory)}
-        self._where: dict[str, str] = {}
-        for name, handle in self._files.items():
-            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                if key in self._where:
-                    raise InputError(f"{directory}: {key} is in {self._where[key]} and in {name}; keep one")
-                self._where[key] = name
-        self._check_index()
-
-    def _check_index(self) -> None:
-        path = self.directory / INDEX_NAME
-        if SINGLE_NAME in self._files or not path.exists():
-            return
-        weight_map = read_json(path)["weight_map"]
-        wrong = {key for key, name in weight_map.items() if self._where.get(key) != name}
-        wrong |= set(self._where) - set(weight_map)
-        if wrong:
-            raise InputError(f"{path}: disagrees with the shards about {listed(wrong)}; fetch both again")
-
-    def keys(self) -> list[str]:
-        return list(self._where)
-
-    def shape(self, key: str) -> Shape:
-        return tuple(self._slice(key).get_shape())
-
-    def dtype(self, key: str) -> torch.dtype:
-        name = self._slice(key).get_dtype()
-        if name not in _DTYPES:
-            raise InputError(
-                f"{self.directory / self._where[key]}: {key} has type {name};"
-                " convert a checkpoint in F32, F16 or BF16"
-            )
-        return _DTYPES[name]
-
-    def tensor(self, key: str) -> Tensor:
-        try:
-            return self._files[self._where[key]].get_tensor(key)
-        except (SafetensorError, RuntimeError) as error:
-            path = self.directory / self._where[key]
-            raise InputError(f"{path}: {key} cannot be read ({error}); fetch the file again") from None
-
-    def _slice(self, key: str) -> Any:
-        return self._files[self._where[key]].get_slice(key)
-
-
-def _shard_names(directory: Path) -> list[str]:
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name a Hugging Face model directory")
-    if (directory / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
-    if not (directory / INDEX_NAME).exists():
-        raise InputError(_no_safetensors(directory))
-    weight_map = read_json(directory / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{directory / INDEX_NAME}: has no weight_map; fetch the file again")
-    names = set(weight_map.values())
-    for name in names:
-        # A shard lies beside its index; anything else would let the index read elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{directory / INDEX_NAME}: {name!r} is no shard file name; fetch the file again"
-            )
-    missing = {name for name in names if not (directory / name).is_file()}
-    if missing:
-        raise InputError(f"{directory}: shard(s) missing: {listed(missing)}; fetch them again")
-    return sorted(names)
-
-
-def _no_safetensors(directory: Path) -> str:
-    pickles = [
-        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))
-    ]
-    if pickles:
-        return (
-            f"{directory / pickles[0]}: is a pickle, which may run code when it is read; if you trust it,"
-            " load the model with transformers and write it again with save_pretrained, then convert that"
-        )
-    return f"{directory}: holds neither {SINGLE_NAME} nor {INDEX_NAME}; name a Hugging Face model directory"
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged or cut short ({error}); fetch the file again") from None
-
-
 class OurTensors(Mapping[str, Tensor]):
     """Our tensors, each computed from a source when it is asked for.
 
@@ -165,8 +66,7 @@ class OurTensors(Mapping[str, Tensor]):
         InputError: keys are missing or unknown, or a shape is not what the configuration says.
     """
 
-    def __init__(self, table: Table, source: SafetensorsDirectory) -> None:
-        where = str(source.directory)
+    def __init__(self, table: Table, source: TensorFiles, where: str) -> None:
         self._source = source
         self._names = table.canonical_keys(source.keys(), where)
         self.skipped = table.account(self._names, where)
@@ -186,6 +86,23 @@ class OurTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._rules)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._source.dtype(self._names[self._rules[key].theirs[0]])
+
+    def streamed(self, key: str) -> StreamedTensor:
+        """The tensor for writing: not made before it is written, nor copied where only rows move."""
+        rule = self._rules[key]
+        names = [self._names[name] for name in rule.theirs]
+
+        def pieces() -> list[Tensor]:
+            tensors = [self._source.tensor(name) for name in names]
+            found = rule.our_pieces(tensors)
+            for tensor in tensors:  # if it was copied; of a view, nothing was looked at yet
+                give_back(tensor)
+            return found
+
+        return StreamedTensor(key, self.dtype(key), rule.our_shape(), pieces)
 
 
 def _check_shape(key: str, found: Shape, wanted: Shape, where: str) -> None:
@@ -208,7 +125,7 @@ class _Entry:
 
     @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -220,27 +137,68 @@ class Written:
     num_bytes: int
 
 
+class OurSource(Protocol):
+    """Our tensors by name, read when asked for (`WeightFiles`)."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
+class InMemory:
+    """Tensors that are there already, as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        return self._tensors[name]
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+
 def export_tensors(
-    tensors: Mapping[str, Tensor], table: Table, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    tensors: OurSource,
+    names: Iterable[str],
+    table: Table,
+    out: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    only_file: str | None = None,
 ) -> Written:
     """Write our tensors in their format into the directory `out`.
 
     One file, or shards of at most `max_shard_bytes` (a larger tensor has one for itself) and an index.
 
+    Args:
+        names: of the tensors that have to go into it, neither more nor less than the table says.
+        only_file: the name of the one file, where the format has no shards.
+
     Raises:
         InputError: our keys, shapes or types are not those of the table.
         RunError: writing failed (disk full, ...).
     """
-    entries = _plan(tensors, table)
-    shards = _into_shards(entries, max_shard_bytes)
-    names = [_shard_name(index, len(shards)) for index in range(len(shards))]
+    entries = _plan(tensors, names, table)
+    size = sum(entry.num_bytes for entry in entries) if only_file else max_shard_bytes
+    shards = _into_shards(entries, size)
+    paths = [out / (only_file or _shard_name(index, len(shards))) for index in range(len(shards))]
     num_bytes = sum(entry.num_bytes for entry in entries)
     try:
-        for name, shard in zip(names, shards, strict=True):
-            _write_shard(out / name, shard, tensors)
+        for path, shard in zip(paths, shards, strict=True):
+            _write_shard(path, shard, tensors)
         if len(shards) > 1:
             weight_map = {
-                entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard
+                entry.key: path.name for path, shard in zip(paths, shards, strict=True) for entry in shard
             }
             write_json(out / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     except OSError as error:
@@ -250,20 +208,18 @@ def export_tensors(
     return Written({entry.rule.ours: entry.dtype for entry in entries}, len(entries), num_bytes)
 
 
-def _plan(tensors: Mapping[str, Tensor], table: Table) -> list[_Entry]:
+def _plan(tensors: OurSource, names: Iterable[str], table: Table) -> list[_Entry]:
     """Everything that will be written, in the order of the table; checks keys, shapes and types."""
-    table.account_ours(tensors, "checkpoint")
+    table.account_ours(names, "checkpoint")
     entries = []
     for rule in table.rules:
-        tensor = tensors[rule.ours]
-        if not rule.accepts(tuple(tensor.shape)):
-            _check_shape(rule.ours, tuple(tensor.shape), rule.our_shape(), "checkpoint")
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise InputError(
-                f"checkpoint: {rule.ours} has type {tensor.dtype}; only float types are exported"
-            )
+        found, dtype = tensors.shape(rule.ours), tensors.dtype(rule.ours)
+        if not rule.accepts(found):
+            _check_shape(rule.ours, found, rule.our_shape(), "checkpoint")
+        if dtype not in FLOAT_NAMES:
+            raise InputError(f"checkpoint: {rule.ours} has type {dtype}; only float types are exported")
         for part, (key, shape) in enumerate(zip(rule.theirs, rule.their_shapes(), strict=True)):
-            entries.append(_Entry(key, tensor.dtype, shape, rule, part))
+            entries.append(_Entry(key, dtype, shape, rule, part))
     return entries
 
 
@@ -284,37 +240,66 @@ def _into_shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
     return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
 
 
-def _write_shard(path: Path, entries: list[_Entry], tensors: Mapping[str, Tensor]) -> None:
+def _write_shard(path: Path, entries: list[_Entry], tensors: OurSource) -> None:
     """The safetensors format: length of the header, header (JSON, padded to 8 bytes), raw numbers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offsets, end = [], 0
     for entry in entries:
-        span = [offset, offset + entry.num_bytes]
+        offsets.append(end)
+        end += entry.num_bytes
         header[entry.key] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
+            "dtype": FLOAT_NAMES[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": span,
+            "data_offsets": [offsets[-1], end],
         }
-        offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for data in _parts(entries, tensors):
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    head = len(text).to_bytes(8, "little") + text
+    path.write_bytes(head)
+    _fill(path, entries, [len(head) + offset for offset in offsets], tensors)
 
 
-def _parts(entries: Iterable[_Entry], tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    rule: Rule | None = None
-    parts: list[Tensor] = []
-    for entry in entries:
-        if entry.rule is not rule:  # the parts of one tensor follow each other
-            rule = entry.rule
-            parts = rule.to_theirs(tensors[rule.ours].detach().cpu())
-        flat = parts[entry.part].contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data  # a view: nothing is copied
+def export_pickle(tensors: OurSource, names: Iterable[str], table: Table, path: Path) -> Written:
+    """Write our tensors in their format as one file of torch.save, a dictionary of tensors.
+
+    Raises:
+        InputError: our keys, shapes or types are not those of the table.
+        RunError: writing failed (disk full, ...).
+    """
+    entries = _plan(tensors, names, table)
+    try:
+        with torch.serialization.skip_data():  # a file with holes; the memory of `empty` is never touched
+            torch.save({entry.key: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}, path)
+        file = MappedFile(path)
+        extents = unpickled_extents(file, 0, file.size)
+        _fill(path, entries, [extents[entry.key].offset for entry in entries], tensors)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error}); free space or choose another --out") from None
+    num_bytes = sum(entry.num_bytes for entry in entries)
+    return Written({entry.rule.ours: entry.dtype for entry in entries}, len(entries), num_bytes)
+
+
+def _fill(path: Path, entries: list[_Entry], offsets: list[int], tensors: OurSource) -> None:
+    """Write the numbers of all entries to their places in a file; all that one of ours becomes at a time."""
+    by_rule: dict[str, list[tuple[_Entry, int]]] = {}
+    for entry, offset in zip(entries, offsets, strict=True):
+        by_rule.setdefault(entry.rule.ours, []).append((entry, offset))
+    with path.open("r+b", buffering=0) as file, ThreadPoolExecutor(THREADS, "convert") as pool:
+        jobs = [pool.submit(_write_parts, file.fileno(), places, tensors) for places in by_rule.values()]
+        results(jobs)
+
+
+def _write_parts(file: int, places: list[tuple[_Entry, int]], tensors: OurSource) -> None:
+    """Write what one of our tensors becomes, each part to its place in the file."""
+    rule = places[0][0].rule
+    tensor = tensors[rule.ours].detach().cpu()
+    parts = rule.their_pieces(tensor)
+    give_back(tensor)  # if it was copied; of a view, nothing was looked at yet
+    for entry, offset in places:
+        for piece in parts[entry.part]:
+            for block in blocks(piece):
+                write_at(file, block, offset)
+                offset += len(block)
 
 
 def check_new(out: Path) -> None:

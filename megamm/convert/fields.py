@@ -77,3 +77,9 @@ class Fields:
 
     def _wrong(self, key: str, value: Any, wanted: str) -> InputError:
         return InputError(f"{self.where}: {key} is {value!r}, but must be {wanted}; correct config.json")
+
+
+def image_token_id(config: dict[str, Any], where: str) -> int | None:
+    """The id of the image placeholder, where megamm wrote it: most published configurations have none."""
+    fields = Fields(config, {}, where)
+    return None if fields.get("image_token_id") is None else fields.integer("image_token_id")

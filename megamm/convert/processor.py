@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megamm.config import ImageConfig, VisionConfig
-from megamm.convert.engine import read_json
+from megamm.convert.engine import read_json, write_json
+from megamm.convert.family import Target
 from megamm.convert.fields import Fields
 from megamm.data.templates import Template
 from megamm.data.tokenizer import IMAGE_TOKEN
@@ -17,6 +18,9 @@ from megamm.errors import InputError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
+TOWER_FOLDER = "vision_tower"  # in which `llava_original` describes an encoder that has no known name
+# image_aspect_ratio of LLaVA's own config.json -> data.image.fit
+LLAVA_FITS = {None: "crop", "square": "crop", "pad": "pad"}
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 # Over `messages`; what stands in capitals is filled in from a Template. An images' place is the front of
@@ -107,6 +111,40 @@ def processor(vision: VisionConfig) -> dict[str, Any]:
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default" if vision.feature_select == "patch" else "full",
     }
+
+
+def write_processor(target: Target) -> None:
+    """Write image processor, placeholders, chat template and generation settings, if there is a tokenizer."""
+    if target.tokenizer is None:
+        return
+    vision, directory = target.model.vision, target.directory
+    write_json(directory / PREPROCESSOR_FILE, image_processor(vision, target.recipe.data.image))
+    write_json(directory / PROCESSOR_FILE, processor(vision))
+    write_json(directory / "generation_config.json", target.token_ids)
+    chat = chat_template(Template.by_name(target.recipe.template))
+    if chat is None:
+        target.notes.append(
+            f"template {target.recipe.template} is no template for conversations; none was exported"
+        )
+    else:
+        (directory / "chat_template.jinja").write_text(chat, encoding="utf-8")
+
+
+def image_config_of(sources: list[Path], image_size: int) -> ImageConfig:
+    """The image settings of a model from one directory or several: of the first that has an image processor;
+    whether images are padded is what LLaVA's own configuration says, if there is one.
+
+    Raises:
+        InputError: as `image_config_from_hf`.
+    """
+    places = [place for source in sources for place in (source, source / TOWER_FOLDER)]
+    files = (PREPROCESSOR_FILE, PROCESSOR_FILE)
+    described = (place for place in places if any((place / name).exists() for name in files))
+    image = image_config_from_hf(next(described, sources[0]), image_size)
+    for path in (source / "config.json" for source in sources):
+        if path.is_file() and read_json(path).get("image_aspect_ratio") == "pad":
+            image.fit = "pad"
+    return image
 
 
 def image_config_from_hf(directory: Path, image_size: int) -> ImageConfig:

@@ -55,6 +55,14 @@ class Rule:
         """Whether our tensor may have this shape."""
         return shape == self.our_shape()
 
+    def our_pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`to_ours` cut into tensors that follow each other, views of theirs where only rows move."""
+        return [self.to_ours(tensors)]
+
+    def their_pieces(self, tensor: Tensor) -> list[list[Tensor]]:
+        """`to_theirs`, each cut into tensors that follow each other, views of ours where only rows move."""
+        return [[part] for part in self.to_theirs(tensor)]
+
 
 @dataclass(frozen=True)
 class Rename(Rule):
@@ -106,6 +114,9 @@ class Concat(Rule):
     def to_theirs(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.chunk(len(self.parts), dim=self.dim))
 
+    def our_pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors) if self.dim == 0 else [self.to_ours(tensors)]
+
 
 def GateUp(ours: str, gate: str, up: str, shape: Shape) -> Concat:
     """The two input projections of a gated feed-forward: gate rows, then up rows."""
@@ -143,10 +154,20 @@ class InterleaveQKV(Rule):
         return torch.cat(grouped, dim=1).reshape(self.our_shape())
 
     def to_theirs(self, tensor: Tensor) -> list[Tensor]:
+        parts = self._split(tensor)
+        return [part.reshape(shape) for part, shape in zip(parts, self.their_shapes(), strict=True)]
+
+    def our_pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        grouped = [tensor.reshape(self.num_kv_heads, -1, *self.rest) for tensor in tensors]
+        return [part[group] for group in range(self.num_kv_heads) for part in grouped]
+
+    def their_pieces(self, tensor: Tensor) -> list[list[Tensor]]:
+        return [list(part) for part in self._split(tensor)]
+
+    def _split(self, tensor: Tensor) -> Sequence[Tensor]:
         q_rows = self.num_heads // self.num_kv_heads * self.head_dim
         grouped = tensor.reshape(self.num_kv_heads, -1, *self.rest)
-        parts = grouped.split([q_rows, self.head_dim, self.head_dim], dim=1)
-        return [part.reshape(shape) for part, shape in zip(parts, self.their_shapes(), strict=True)]
+        return grouped.split([q_rows, self.head_dim, self.head_dim], dim=1)
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,101 @@ class PadRows(Rule):
 
     def to_theirs(self, tensor: Tensor) -> list[Tensor]:
         return [tensor[: self.shape[0]]]
+
+
+@dataclass(frozen=True)
+class Reshape(Rule):
+    """The same numbers in the same order under another shape, as in a leading dimension of one."""
+
+    their: str
+    shape: Shape
+    their_shape: Shape
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.their,)
+
+    def their_shapes(self) -> list[Shape]:
+        return [self.their_shape]
+
+    def our_shape(self) -> Shape:
+        return self.shape
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].reshape(self.shape)
+
+    def to_theirs(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.reshape(self.their_shape)]
+
+
+@dataclass(frozen=True)
+class KeysValues(Rule):
+    """Key and value projections of cross-attention: theirs all keys, then all values, in one tensor (one
+    name in `parts`) or in two; ours head by head, so that a shard holds whole heads.
+
+    `rest` is the shape behind the rows: (width,) for a weight, () for a bias.
+    """
+
+    parts: tuple[str, ...]
+    num_heads: int
+    head_dim: int
+    rest: Shape = ()
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return self.parts
+
+    def their_shapes(self) -> list[Shape]:
+        return [(2 // len(self.parts) * self.num_heads * self.head_dim, *self.rest)] * len(self.parts)
+
+    def our_shape(self) -> Shape:
+        return (2 * self.num_heads * self.head_dim, *self.rest)
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
+        both = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+        split = both.reshape(2, self.num_heads, self.head_dim, *self.rest)
+        return split.transpose(0, 1).reshape(self.our_shape())
+
+    def to_theirs(self, tensor: Tensor) -> list[Tensor]:
+        split = tensor.reshape(self.num_heads, 2, self.head_dim, *self.rest).transpose(0, 1)
+        parts = split.chunk(len(self.parts))
+        return [part.reshape(shape) for part, shape in zip(parts, self.their_shapes(), strict=True)]
+
+
+@dataclass(frozen=True)
+class StackedRows(Rule):
+    """A table of rows that theirs keeps in pieces (a vocabulary, and the tokens added to it), ours in one
+    that may be padded with zeros at its end.
+
+    Attributes:
+        rows: of each piece.
+        padded_rows: as in `PadRows`.
+    """
+
+    parts: tuple[str, ...]
+    rows: tuple[int, ...]
+    rest: Shape
+    padded_rows: int | None = None
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return self.parts
+
+    def their_shapes(self) -> list[Shape]:
+        return [(rows, *self.rest) for rows in self.rows]
+
+    def our_shape(self) -> Shape:
+        return (self.padded_rows or sum(self.rows), *self.rest)
+
+    def accepts(self, shape: Shape) -> bool:
+        return len(shape) == 1 + len(self.rest) and shape[1:] == self.rest and shape[0] >= sum(self.rows)
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
+        missing = self.our_shape()[0] - sum(self.rows)
+        return torch.cat([*tensors, *[tensors[0].new_zeros(missing, *self.rest)] * (missing > 0)])
+
+    def to_theirs(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor[: sum(self.rows)].split(list(self.rows)))
 
 
 @dataclass(frozen=True)

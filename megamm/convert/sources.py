@@ -1,126 +1,113 @@
-"""What lies in a Hugging Face model directory: which part of a model, its configuration, its tensors.
+"""What `--from` names: parts of a model, their configuration, their tensors; and a whole made of several.
 
-Only JSON and safetensors are read; nothing in the directory is ever executed.
+Only JSON and weights are read; nothing in a source is ever executed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megamm.config import LanguageConfig, ModelConfig, VisionConfig
-from megamm.convert.engine import OurTensors, SafetensorsDirectory, read_json
-from megamm.convert.rules import Skip, Table
+from megamm.config import ModelConfig, VisionConfig
+from megamm.convert.engine import OurTensors, read_json
+from megamm.convert.families import recognise
+from megamm.convert.family import Family, Found, Reading
+from megamm.convert.files import SourceFiles
 from megamm.convert.tables import clip, llama, llava
+from megamm.engine.weight_files import StreamedTensor, whole_tensors
 from megamm.errors import InputError
+from megamm.models.freezing import part_of
 from megamm.models.initialization import weight_drawer
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A directory that was recognised; nothing but configuration and headers has been read.
+    """A source that was recognised; nothing but configuration and headers has been read.
 
     Attributes:
-        parts: which of "vision", "connector", "language" it holds.
-        model: its configuration; only the sections of `parts` mean anything.
+        path: a directory, or a file of weights.
+        family: its name.
+        reading: which parts it holds, their configuration and keys.
         tensors: under our names, computed when asked for.
-        image_id: id of the image placeholder, if config.json names one.
     """
 
-    directory: Path
-    parts: tuple[str, ...]
-    model: ModelConfig
+    path: Path
+    family: str
+    reading: Reading
     tensors: OurTensors
-    image_id: int | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.reading.parts
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.reading.model
+
+    @property
+    def image_id(self) -> int | None:
+        return self.reading.image_id
 
 
-def open_source(directory: Path) -> Source:
-    """Recognise a Hugging Face model directory by the model_type in its config.json.
+def open_sources(paths: list[Path], wanted: ModelConfig | None = None) -> list[Source]:
+    """Recognise model directories, or files of weights; adapters come last.
 
+    Args:
+        wanted: the recipe's model, for what the sources themselves do not say.
     Raises:
-        InputError: the directory is not complete, damaged, or of no kind that megamm knows.
+        InputError: one is not complete, damaged, or of no family that megamm knows.
     """
-    where = str(directory / "config.json")
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name a Hugging Face model directory")
-    config = read_json(directory / "config.json")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise InputError(
-            f"{where}: model_type is {kind!r}; choose one that megamm imports: {', '.join(_KINDS)}"
-        )
-    return _KINDS[kind](directory, config, where)
+    known = [_recognised(path) for path in paths]
+    opened = [_open(found, family, wanted) for found, family in known if not family.adapts]
+    base = wanted or combined(opened)
+    return opened + [_open(found, family, base) for found, family in known if family.adapts]
 
 
-def _open_llava(directory: Path, config: dict[str, Any], where: str) -> Source:
-    model = llava.from_hf(config, where)
-    tensors = OurTensors(llava.table(model), SafetensorsDirectory(directory))
-    image_id = llava.image_token_id(config, where)
-    return Source(directory, ("vision", "connector", "language"), model, tensors, image_id)
+def _recognised(path: Path) -> tuple[Found, Family]:
+    if not path.exists():
+        raise InputError(f"{path}: no such directory; name a Hugging Face model directory")
+    where = path / CONFIG_FILE
+    found = Found(path, read_json(where) if where.is_file() else {}, SourceFiles(path))
+    return found, recognise(found)
 
 
-def _open_language(directory: Path, config: dict[str, Any], where: str) -> Source:
-    language = llama.from_hf(config, where)
-    skips = list(llama.SKIPS)
-    if language.tie_embeddings:
-        skips.append(Skip(r"lm_head\.weight", "the output layer shares the weights of the embedding"))
-    table = Table(llama.rules(language), skips)
-    tensors = OurTensors(table, SafetensorsDirectory(directory))
-    return Source(directory, ("language",), ModelConfig(language=language), tensors)
-
-
-def _open_vision(directory: Path, config: dict[str, Any], where: str) -> Source:
-    values: Any = config
-    if config["model_type"] == "clip":
-        where = f"{where}, vision_config"
-        section = config.get("vision_config")
-        values = {"model_type": "clip_vision_model", **section} if isinstance(section, dict) else section
-    vision = clip.from_hf(values, where)
-    table = Table(clip.rules(vision), [*clip.SKIPS, *clip.TEXT_TOWER], [("vision_model.", "")])
-    tensors = OurTensors(table, SafetensorsDirectory(directory))
-    return Source(directory, ("vision",), ModelConfig(vision=vision), tensors)
-
-
-_KINDS: dict[str, Callable[[Path, dict[str, Any], str], Source]] = {
-    "llava": _open_llava,
-    "llama": _open_language,
-    "mistral": _open_language,
-    "clip": _open_vision,
-    "clip_vision_model": _open_vision,
-}
+def _open(found: Found, family: Family, wanted: ModelConfig | None) -> Source:
+    reading = family.read(found, wanted)
+    return Source(found.path, family.name, reading, OurTensors(reading.table, found.tensors, str(found.path)))
 
 
 class Assembled(Mapping[str, Tensor]):
-    """The tensors of a whole model from separately released parts.
+    """The tensors of a model from one source or several.
 
     Token embeddings (and output rows) that the language model did not have yet start as the mean of those
-    it has, so that new tokens are neither favoured nor ruled out. A missing connector starts from random
-    numbers.
+    it has, so that new tokens are neither favoured nor ruled out. A tensor that two sources have is taken
+    from the one that does not hold the rest of its part: it was trained along with something else.
+
+    Args:
+        new: tensors that no source has.
     """
 
-    def __init__(self, sources: list[Source], model: ModelConfig, seed: int) -> None:
-        self._from = {key: source.tensors for source in sources for key in source.tensors}
+    def __init__(self, sources: list[Source], model: ModelConfig, new: dict[str, Tensor]) -> None:
+        self._from: dict[str, OurTensors] = {}
+        for is_own_part in (True, False):
+            for source in sources:
+                keys = [key for key in source.tensors if (part_of(key) in source.parts) == is_own_part]
+                self._from |= dict.fromkeys(keys, source.tensors)
         self._vocab_size = model.language.vocab_size
-        self._new: dict[str, Tensor] = {}
-        if not any("connector" in source.parts for source in sources):
-            dtype = self._from["language.decoder.final_layernorm.weight"][
-                "language.decoder.final_layernorm.weight"
-            ].dtype
-            self._new = new_connector(model, seed, dtype)
+        self._new = new
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._new:
             return self._new[key]
         tensor = self._from[key][key]
-        if key in _VOCABULARY and len(tensor) < self._vocab_size:
-            mean = tensor.double().mean(dim=0, keepdim=True).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(self._vocab_size - len(tensor), -1)])
-        return tensor
+        return torch.cat([tensor, *rows]) if (rows := self._missing_rows(key, tensor)) else tensor
 
     def __iter__(self) -> Iterator[str]:
         yield from self._from
@@ -129,8 +116,33 @@ class Assembled(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._from) + len(self._new)
 
+    def dtype(self, key: str) -> torch.dtype:
+        return self._new[key].dtype if key in self._new else self._from[key].dtype(key)
 
-_VOCABULARY = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
+    def streamed(self) -> Iterator[StreamedTensor]:
+        """All of them, for writing: made one at a time."""
+        for key, source in self._from.items():
+            tensor = source.streamed(key)
+            if key in _VOCABULARY and tensor.shape[0] < self._vocab_size:
+                shape = (self._vocab_size, *tensor.shape[1:])
+                tensor = replace(tensor, shape=shape, pieces=partial(self._with_missing_rows, key))
+            yield tensor
+        yield from whole_tensors(self._new)
+
+    def _with_missing_rows(self, key: str) -> list[Tensor]:
+        tensor = self._from[key][key]
+        return [tensor, *self._missing_rows(key, tensor)]
+
+    def _missing_rows(self, key: str, tensor: Tensor) -> list[Tensor]:
+        missing = self._vocab_size - len(tensor) if key in _VOCABULARY else 0
+        if missing <= 0:
+            return []
+        total = sum(rows.double().sum(dim=0, keepdim=True) for rows in tensor.split(_ROWS_AT_ONCE))
+        return [(total / len(tensor)).to(tensor.dtype).expand(missing, -1)]
+
+
+_VOCABULARY = (llama.EMBEDDING, llama.OUTPUT)
+_ROWS_AT_ONCE = 1024  # that are held in double precision
 
 
 def new_connector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -145,16 +157,44 @@ def combined(sources: list[Source]) -> ModelConfig:
     Raises:
         InputError: two sources hold the same part.
     """
-    holders: dict[str, Path] = {}
+    holders: dict[str, Source] = {}
     for source in sources:
         for part in source.parts:
             if part in holders:
                 raise InputError(
-                    f"--from: {holders[part]} and {source.directory} both hold a {part} model; give one"
+                    f"--from: {holders[part].path} and {source.path} both hold a {part} model; give one"
                 )
-            holders[part] = source.directory
-    vision, language = VisionConfig(), LanguageConfig()
-    for source in sources:
-        vision = source.model.vision if "vision" in source.parts else vision
-        language = source.model.language if "language" in source.parts else language
-    return ModelConfig(language=language, vision=vision)
+            holders[part] = source
+    sections = {part: getattr(source.model, part) for part, source in holders.items()}
+    if {"language", "vision"} <= holders.keys():
+        whole = holders.get("connector")
+        if whole:
+            sections["vision"] = _vision_features(holders["vision"], whole)
+        assembly = whole.model.assembly if whole else ModelConfig().assembly
+    else:
+        assembly = "language" if "language" in holders else "vision"
+    return ModelConfig(assembly=assembly, **sections)
+
+
+def _vision_features(vision: Source, connector: Source) -> VisionConfig:
+    """The encoder of a source, with the features that the connector of another was trained on."""
+    found, wanted = vision.model.vision, connector.model.vision
+    if found.width != wanted.width:
+        raise InputError(
+            f"{connector.path}: has a connector for features of width {wanted.width}, but those of"
+            f" {vision.path} have {found.width}; give the encoder that it was trained with"
+        )
+    names = [key.partition(".")[2] for key in vision.reading.leaves_open & clip.FEATURES]
+    return replace(found, **{name: getattr(wanted, name) for name in names})
+
+
+def left_open(sources: list[Source]) -> set[str]:
+    """Keys of the model that none of the sources says. What an encoder alone leaves open, the source of the
+    connector may say."""
+    connectors = [source.reading for source in sources if "connector" in source.parts]
+    return {
+        key
+        for source in sources
+        for key in source.reading.leaves_open
+        if all(key in reading.leaves_open for reading in connectors)
+    }

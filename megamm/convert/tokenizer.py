@@ -22,11 +22,12 @@ _BPE = 2
 _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
 
 
-def tokenizer_json(tokenizer: Tokenizer, model_file: Path) -> dict[str, Any]:
+def tokenizer_json(tokenizer: Tokenizer, model_file: Path, has_images: bool = True) -> dict[str, Any]:
     """The contents of tokenizer.json: `<s>`, then the ids that `tokenizer.encode` gives.
 
     Args:
         model_file: the SentencePiece model of the tokenizer.
+        has_images: whether there is an embedding for `<image>`.
 
     Raises:
         InputError: the model is none of LLaMA's kind, so the ids would differ.
@@ -62,23 +63,32 @@ def tokenizer_json(tokenizer: Tokenizer, model_file: Path) -> dict[str, Any]:
         special_tokens=[(bos, tokenizer.bos_id)],
     )
     specials = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-    found.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, _ in specials])
+    found.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, _ in specials
+            if has_images or token != IMAGE_TOKEN
+        ]
+    )
     contents: dict[str, Any] = json.loads(found.to_str())
     return contents
 
 
-def tokenizer_config(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, max_positions: int, has_images: bool = True) -> dict[str, Any]:
     """tokenizer_config.json, which goes with `tokenizer_json`."""
     names = {index: token for token, index in tokenizer.special_tokens.items()}
-    return {
-        "tokenizer_class": "LlamaTokenizer",
+    images = {
         "processor_class": "LlavaProcessor",
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "image_token": IMAGE_TOKEN,
+    }
+    return {
+        **(images if has_images else {}),
+        "tokenizer_class": "LlamaTokenizer",
         "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
         "unk_token": names[tokenizer.unk_id],
         "pad_token": names[tokenizer.pad_id],
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-        "image_token": IMAGE_TOKEN,
         "legacy": False,
         "add_bos_token": True,
         "add_eos_token": False,

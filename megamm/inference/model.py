@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,14 +22,22 @@ from megamm.models.freezing import part_of
 from megamm.models.vlm import VisionLanguageModel, build_model
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] | None = None,
+    image_token_id: int | None = None,
+) -> Model:
     """Load a checkpoint of any parallel layout into this process.
 
     Args:
         path: a checkpoint, or a run directory (its newest checkpoint).
         device: "auto", "cpu" or "cuda".
+        precision: of weights and activations; None means the one that it was trained in.
+        image_token_id: placeholder of an image, for a checkpoint that came without a tokenizer and does not
+            say; negative ids count from the end of the vocabulary.
     Returns:
-        The model in evaluation mode, in the precision that it was trained in.
+        The model in evaluation mode.
     Raises:
         InputError: no checkpoint there, or a damaged one.
     """
@@ -38,13 +46,17 @@ def load(path: str | Path, device: str = "auto") -> Model:
     recipe = replace(
         stored,
         parallel=ParallelConfig(backend=stored.parallel.backend),
-        training=replace(stored.training, freeze=[]),
+        training=replace(stored.training, freeze=[], precision=precision or stored.training.precision),
     )
     target = pick_device(device)
     layout = groups.initialize(recipe.parallel, target, distributed_backend(target))
     words = checkpoint.tokenizer_directory(where)
     tokenizer = Tokenizer.load(words) if words.is_dir() else None
     image_id = tokenizer.image_id if tokenizer else recipe.model.image_token_id
+    if image_id is None and image_token_id is not None:
+        image_id = image_token_id % recipe.model.language.vocab_size
+    if recipe.model.assembly == "language":
+        image_id = -1  # it has no placeholder for images
     if image_id is None:
         raise InputError(
             f"{words}: missing, and the recipe has no model.image_token_id; restore the tokenizer"

@@ -30,7 +30,8 @@ OPTIONS = {
     ],
     "prepare tokenizer": ["SOURCE", "--debug", "--format", "--out", "--template", "--vocab-size"],
     "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
-    "convert export": ["--checkpoint", "--debug", "--family", "--out"],
+    "convert export": ["--checkpoint", "--debug", "--family", "--merge-lora", "--out"],
+    "convert verify": ["--against", "--checkpoint", "--debug", "--tolerance"],
     "verify": ["CKPT", "--debug"],
     "train": ["RECIPE", "--a.b=c", "--debug", "--dry-run", "--print-config", "--rank", "--world"],
     "parity": [
@@ -63,6 +64,14 @@ def test_option_set_is_frozen() -> None:
         assert all(len(a.option_strings) <= 1 for a in actions), "no second spellings"
         found[name] = sorted(names)
     assert found == {name: sorted(options) for name, options in OPTIONS.items()}
+
+
+def test_families_are_those_that_conversion_writes() -> None:
+    from megamm.cli.weights import FAMILIES
+    from megamm.convert import families
+
+    written = {family.name for family in families.FAMILIES if family.export is not None}
+    assert set(FAMILIES) == written and len(FAMILIES) == len(written)
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -227,7 +236,7 @@ def test_interrupt_from_outside_ends_with_one_line(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     writer = os.open(pipe, os.O_WRONLY)  # returns when megamm has opened it for reading
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=90)
     os.close(writer)
     assert process.returncode == 130
     assert err == "megamm: interrupted\n"

@@ -82,6 +82,19 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def hub_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the names of published models, which megamm writes too: transformers 5 leaves `vision_model` out
+    of the keys of a LLaVA or a CLIP encoder when it saves."""
+    tower, modules = "vision_tower.", ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+
+    def name(key: str) -> str:
+        prefix = tower if key.startswith(tower) else ""
+        rest = key.removeprefix(prefix)
+        return f"{prefix}vision_model.{rest}" if rest.startswith(modules) else key
+
+    return {name(key): tensor for key, tensor in tensors.items()}
+
+
 def assert_bitwise_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     """Same keys, types, shapes and bytes."""
     assert sorted(found) == sorted(wanted)

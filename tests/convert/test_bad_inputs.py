@@ -7,16 +7,17 @@ import pickle
 import random
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megamm.convert import export_llava, import_checkpoint, import_llava
+from megamm.convert import export_checkpoint, export_llava, import_checkpoint, import_llava
 from megamm.convert.engine import INDEX_NAME, staged
 from megamm.errors import InputError, RunError
-from tests.convert.helpers import edit_config, read_tensors, recipe_for
+from tests.convert.helpers import assert_bitwise_equal, edit_config, hub_layout, read_tensors, recipe_for
 
 WEIGHTS = "model.safetensors"
 
@@ -55,12 +56,41 @@ class Canary:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickles_are_refused_unread(name, source):
+@pytest.mark.parametrize("place", ["whole", "archive", "among tensors", "second shard"])
+def test_pickles_that_hold_code_are_refused_and_nothing_runs(name, place, source):
     canary = source.parent / "canary"
+    tensors = read_tensors(source)
     (source / WEIGHTS).unlink()
-    (source / name).write_bytes(pickle.dumps(Canary(canary)))
-    refuse(source, rf"{name}: is a pickle.*save_pretrained")
+    path, evil = source / name, Canary(canary)
+    if place == "whole":
+        path.write_bytes(pickle.dumps(evil))
+    elif place == "archive":
+        torch.save(evil, path)
+    elif place == "among tensors":
+        torch.save({**tensors, "extra": evil}, path)
+    else:
+        torch.save(tensors, source / "pytorch_model-00001-of-00002.bin")
+        path = source / "pytorch_model-00002-of-00002.bin"
+        torch.save({"x": evil}, path)
+        weight_map = {**dict.fromkeys(tensors, "pytorch_model-00001-of-00002.bin"), "x": path.name}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refuse(source, rf"{path.name}: (is no archive|holds getattr), .*if you trust it")
     assert not canary.exists()
+    with suppress(RuntimeError):  # torch finds out afterwards that this is no checkpoint
+        torch.load(path, weights_only=False)
+    assert canary.exists()  # the code does run where it is let
+
+
+def test_pickles_of_tensors_are_read(source, tmp_path):
+    tensors = read_tensors(source)
+    (source / WEIGHTS).unlink()
+    torch.save(
+        {"state_dict": {key: torch.nn.Parameter(x) for key, x in tensors.items()}, "epoch": 3},
+        source / "pytorch_model.bin",
+    )
+    found = import_llava(source)
+    export_llava(found.tensors, recipe_for(found.model), source, tmp_path / "out")
+    assert_bitwise_equal(read_tensors(tmp_path / "out"), hub_layout(tensors))
 
 
 def test_code_in_the_directory_is_not_run(source):
@@ -73,10 +103,13 @@ def test_code_in_the_directory_is_not_run(source):
 
 def test_no_directory_no_weights_no_config(source):
     refuse(source.parent / "nowhere", "no such directory")
+    (source / "config.json").unlink()
+    refuse(source, r"hf: no config\.json, and unknown tensors")
     (source / WEIGHTS).unlink()
     refuse(source, "holds neither model.safetensors nor")
-    (source / "config.json").unlink()
-    refuse(source, r"config\.json: no such file")
+    for name in ("a.pt", "b.bin"):
+        torch.save({}, source / name)
+    refuse(source, r"several files of weights \(a\.pt, b\.bin\)")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff", "[" * 100_000, '{"model_type": }'])
@@ -88,7 +121,7 @@ def test_damaged_json(text, source):
 @pytest.mark.parametrize("kind", ["blip-2", None, 3, ["llava"], {}])
 def test_unknown_model_types(kind, source):
     edit_config(source, lambda config: config.update(model_type=kind))
-    with pytest.raises(InputError, match=r"model_type is .*megamm imports: llava, llama"):
+    with pytest.raises(InputError, match=r"model_type is .*megamm imports: .*llava, .*llama, "):
         import_llava(source)
 
 
@@ -118,6 +151,68 @@ def test_damaged_headers_raise_only_our_errors(source):
         except InputError:
             found += 1
     assert found > 100  # the rest hit blanks or swapped nothing
+
+
+def lie(source: Path, change) -> None:
+    """Rewrite the header of the weights; the numbers stay."""
+    whole = (source / WEIGHTS).read_bytes()
+    begin = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8:begin])
+    text = json.dumps(change(header) or header).encode()
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + whole[begin:])
+
+
+def grow(header, by):
+    """The last tensor claims more bytes than there are, in its shape too."""
+    key = max(header.keys() - {"__metadata__"}, key=lambda key: header[key]["data_offsets"])
+    entry = header[key]
+    entry["data_offsets"][1] += 4 * by
+    entry["shape"] = [(entry["data_offsets"][1] - entry["data_offsets"][0]) // 4]
+
+
+def shift(header, by):
+    for key in header.keys() - {"__metadata__"}:
+        header[key]["data_offsets"] = [offset + by for offset in header[key]["data_offsets"]]
+
+
+def overlap(header):
+    header[NORM]["data_offsets"] = header["language_model.model.layers.0.input_layernorm.weight"][
+        "data_offsets"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: grow(h, 1), r"the tensors end at byte \d+ of"),
+        (lambda h: grow(h, 2**61), r"the tensors end at byte \d+ of"),
+        (lambda h: shift(h, 8), "begins at byte"),
+        (lambda h: shift(h, -8), "says nothing sensible"),
+        (overlap, "but the tensor before it ends at"),
+        (lambda h: h[NORM].update(shape=[2**40, 2**40]), r"has \d+ bytes by its shape, 128 by its offsets"),
+        (lambda h: h[NORM].update(shape=[-32]), "says nothing sensible about"),
+        (lambda h: h[NORM].update(shape=[32.0]), "says nothing sensible about"),
+        (lambda h: h[NORM].update(dtype="F17"), "of the unknown type F17"),
+        (lambda h: h[NORM].update(dtype=["F32"]), "of the unknown type"),
+        (lambda h: h[NORM].update(data_offsets=[0]), "says nothing sensible about"),
+        (lambda h: h.update({NORM: 3}), "says nothing sensible about"),
+        (lambda h: [h], "the header is no JSON object"),
+    ],
+)
+def test_lying_headers(change, message, source):
+    lie(source, change)
+    refuse(source, rf"model\.safetensors: damaged or cut short \(.*{message}")
+
+
+def test_a_header_longer_than_the_file_and_one_with_a_tensor_twice(source):
+    whole = (source / WEIGHTS).read_bytes()
+    for length in (len(whole), 2**40, 2**64 - 1):
+        (source / WEIGHTS).write_bytes(struct.pack("<Q", length) + whole[8:])
+        refuse(source, "a header of .* bytes in a file of")
+    entry = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    twice = b"{" + entry + b"," + entry + b"}"
+    (source / WEIGHTS).write_bytes(struct.pack("<Q", len(twice)) + twice + bytes(4))
+    refuse(source, "names a tensor twice")
 
 
 def test_a_missing_shard(sharded):
@@ -178,7 +273,7 @@ NORM = "language_model.model.norm.weight"
         (lambda t: t.update(extra=torch.ones(1)), r"1 unknown key\(s\): extra"),
         (lambda t: t.update({NORM: torch.ones(31)}), rf"{NORM} has shape \[31\], but .* \[32\]"),
         (lambda t: t.update({NORM: torch.ones(32, 1)}), r"has shape \[32, 1\]"),
-        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), "has type I8"),
+        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), "has type int8"),
         (
             lambda t: t.update(
                 {k: v.half() for k, v in t.items() if k.endswith("0.self_attn.k_proj.weight")}
@@ -242,16 +337,49 @@ def test_a_failed_write_leaves_nothing(llava_dir, tokenizer_dir, tmp_path, monke
     from megamm.convert import engine
 
     found = import_llava(llava_dir)
-    plain = engine._write_shard
+    plain, written = engine.write_at, []
 
-    def full(path, entries, tensors):
-        plain(path, entries[:3], tensors)
-        raise OSError(28, "No space left on device")
+    def full(file, data, offset):
+        written.append(len(data))
+        if len(written) > 5:
+            raise OSError(28, "No space left on device")
+        plain(file, data, offset)
 
-    monkeypatch.setattr(engine, "_write_shard", full)
+    monkeypatch.setattr(engine, "write_at", full)
     with pytest.raises(RunError, match="No space left on device"):
         export_llava(found.tensors, recipe_for(found.model), tokenizer_dir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_import_that_fails_half_way_leaves_nothing(llava_dir, tmp_path, monkeypatch):
+    from megamm.convert.files import SourceFiles
+
+    plain, read = SourceFiles.tensor, []
+
+    def fail(self, key):
+        read.append(key)
+        if len(read) > 9:
+            raise OSError(5, "Input/output error")
+        return plain(self, key)
+
+    monkeypatch.setattr(SourceFiles, "tensor", fail)
+    with pytest.raises(RunError, match=r"cannot be written \(Input/output error\)"):
+        import_checkpoint([llava_dir], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_not_exported(llava_dir, tmp_path):
+    checkpoint = import_checkpoint([llava_dir], tmp_path / "checkpoint")
+    for pattern in (".metadata", "*.distcp"):
+        path = sorted((checkpoint / "shards").glob(pattern))[-1]
+        whole = path.read_bytes()
+        for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match=rf"{path.name}: (content changed|\d+ bytes instead)"):
+                export_checkpoint(checkpoint, tmp_path / "out")
+            assert sorted(tmp_path.iterdir()) == [checkpoint]
+        path.write_bytes(whole)
+    export_checkpoint(checkpoint, tmp_path / "out")
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

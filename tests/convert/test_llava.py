@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from megamm.config import ModelConfig
-from megamm.convert import export_llava, import_llava
-from megamm.convert.engine import INDEX_NAME, SafetensorsDirectory
+from megamm.convert import export_checkpoint, export_llava, import_checkpoint, import_llava
+from megamm.convert.engine import INDEX_NAME
+from megamm.convert.files import SourceFiles
 from megamm.convert.tables import clip, llama, llava
 from megamm.errors import InputError
 from tests.convert.helpers import (
@@ -21,6 +22,7 @@ from tests.convert.helpers import (
     assert_bitwise_equal,
     edit_config,
     hf_llava,
+    hub_layout,
     read_tensors,
     recipe_for,
     save_hf,
@@ -60,7 +62,7 @@ def test_round_trip_is_bitwise_equal(variant, tokenizer, tokenizer_dir, tmp_path
     model = hf_llava(**VARIANTS[variant])
     source = save_hf(model, tokenizer, tmp_path / "hf")
     out = export_again(source, tokenizer_dir, tmp_path / "out")
-    assert_bitwise_equal(read_tensors(out), read_tensors(source))
+    assert_bitwise_equal(read_tensors(out), hub_layout(read_tensors(source)))
     loaded = load_strictly(out)
     assert_bitwise_equal(dict(loaded.state_dict()), dict(model.state_dict()))
     ids = torch.full((1, 8), VOCAB_SIZE - 1)
@@ -102,7 +104,7 @@ def test_every_configured_value_survives(variant, tokenizer, tokenizer_dir, tmp_
 def test_half_precision_keeps_its_bits(dtype, tokenizer, tokenizer_dir, tmp_path):
     source = save_hf(hf_llava().to(dtype), tokenizer, tmp_path / "hf")
     out = export_again(source, tokenizer_dir, tmp_path / "out")
-    assert_bitwise_equal(read_tensors(out), read_tensors(source))
+    assert_bitwise_equal(read_tensors(out), hub_layout(read_tensors(source)))
     assert next(load_strictly(out).parameters()).dtype == dtype
 
 
@@ -132,7 +134,57 @@ def memory_layout_with_vision_model(key: str) -> str:
 def test_all_layouts_of_keys_are_read(layout, llava_dir, tokenizer_dir, tmp_path):
     source = rewrite(llava_dir, tmp_path / "other", layout)
     out = export_again(source, tokenizer_dir, tmp_path / "out")
-    assert_bitwise_equal(read_tensors(out), read_tensors(llava_dir))
+    assert_bitwise_equal(read_tensors(out), hub_layout(read_tensors(llava_dir)))
+
+
+def linear(*names: str) -> set[str]:
+    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def clip_keys(num_layers: int) -> set[str]:
+    """As on the hub."""
+    keys = {f"embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight")}
+    keys |= {"embeddings.position_embedding.weight"} | linear("pre_layrnorm", "post_layernorm")
+    attention = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
+    for n in range(num_layers):
+        block = linear("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *attention)
+        keys |= {f"encoder.layers.{n}.{key}" for key in block}
+    return {f"vision_model.{key}" for key in keys}
+
+
+def test_written_are_the_keys_of_the_hub(llava_dir, tokenizer_dir, tmp_path):
+    """Those of llava-hf/llava-1.5-7b-hf: the only ones that vLLM's model, which adds no names, has."""
+    decoder = {"embed_tokens.weight", "norm.weight"}
+    for n in range(2):
+        parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [
+            "input_layernorm",
+            "post_attention_layernorm",
+        ]
+        parts += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+        decoder |= {f"layers.{n}.{part}.weight" for part in parts}
+    wanted = {f"language_model.model.{key}" for key in decoder} | {"language_model.lm_head.weight"}
+    wanted |= linear("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
+    wanted |= {f"vision_tower.{key}" for key in clip_keys(3)}
+    out = export_again(llava_dir, tokenizer_dir, tmp_path / "out")
+    assert set(read_tensors(out)) == wanted
+
+
+def test_an_encoder_alone_is_written_with_the_keys_of_the_hub(llava_dir, tmp_path):
+    from transformers import CLIPVisionModel
+
+    checkpoint = import_checkpoint([llava_dir], tmp_path / "checkpoint")
+    first = export_checkpoint(checkpoint, tmp_path / "first", "clip").out
+    assert set(read_tensors(first)) == clip_keys(3)
+    loaded, info = CLIPVisionModel.from_pretrained(first, output_loading_info=True)
+    assert not any(info.values())
+    fresh = CLIPVisionModel(loaded.config)  # one that was loaded is saved as it was found
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(tmp_path / "saved")
+    assert hub_layout(read_tensors(tmp_path / "saved")).keys() != read_tensors(tmp_path / "saved").keys()
+    for source in (first, tmp_path / "saved"):
+        imported = import_checkpoint([source], tmp_path / f"{source.name}.ckpt")
+        again = export_checkpoint(imported, tmp_path / f"{source.name}.again", "clip").out
+        assert_bitwise_equal(read_tensors(again), read_tensors(first))
 
 
 def test_buffers_of_old_releases_are_skipped_with_a_reason(llava_dir, tmp_path):
@@ -155,7 +207,7 @@ def test_padding_of_the_vocabulary_is_stripped(llava_dir, tokenizer_dir, tmp_pat
         assert len(tensors[key]) == VOCAB_SIZE
         tensors[key] = torch.cat([tensors[key], torch.randn(92, 32)])
     export_llava(tensors, recipe_for(found.model), tokenizer_dir, tmp_path / "out")
-    assert_bitwise_equal(read_tensors(tmp_path / "out"), read_tensors(llava_dir))
+    assert_bitwise_equal(read_tensors(tmp_path / "out"), hub_layout(read_tensors(llava_dir)))
 
 
 def test_shards_and_index(llava_dir, tokenizer_dir, tmp_path):
@@ -168,10 +220,10 @@ def test_shards_and_index(llava_dir, tokenizer_dir, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(llava_dir).values())
     alone = {name for name in sizes if list(index["weight_map"].values()).count(name) == 1}
     assert all(size < 20_000 + 5_000 for name, size in sizes.items() if name not in alone)  # + header
-    assert_bitwise_equal(read_tensors(out), read_tensors(llava_dir))
+    assert_bitwise_equal(read_tensors(out), hub_layout(read_tensors(llava_dir)))
     load_strictly(out)
     again = export_again(out, tokenizer_dir, tmp_path / "again")
-    assert_bitwise_equal(read_tensors(again), read_tensors(llava_dir))
+    assert_bitwise_equal(read_tensors(again), hub_layout(read_tensors(llava_dir)))
 
 
 def test_mixed_types_are_kept_and_readable(llava_dir, tokenizer_dir, tmp_path):
@@ -287,6 +339,8 @@ def test_public_configuration_gives_the_public_model():
         (lambda m: replace(m, assembly="cross_attention"), "no LLaVA model"),
         (lambda m: replace(m, connector=replace(m.connector, kind="resampler")), "no LLaVA model"),
         (lambda m: replace(m, language=replace(m.language, qkv_bias=True)), "biases on all four"),
+        (lambda m: replace(m, vision=replace(m.vision, feature_norm=True)), "without a norm"),
+        (lambda m: replace(m, vision=replace(m.vision, rotary_side=16)), "no encoder with rotary_side 16"),
         (lambda m: replace(m, language=replace(m.language, vocab_size=100)), "420 tokens"),
     ],
 )
@@ -318,7 +372,7 @@ def test_one_tensor_at_a_time(llava_dir, tokenizer_dir, tmp_path, monkeypatch):
 
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     peak = 0
-    plain = SafetensorsDirectory.tensor
+    plain = SourceFiles.tensor
 
     def counted(self, key):
         nonlocal peak
@@ -327,6 +381,6 @@ def test_one_tensor_at_a_time(llava_dir, tokenizer_dir, tmp_path, monkeypatch):
         peak = max(peak, len(alive))
         return tensor
 
-    monkeypatch.setattr(SafetensorsDirectory, "tensor", counted)
+    monkeypatch.setattr(SourceFiles, "tensor", counted)
     export_again(llava_dir, tokenizer_dir, tmp_path / "out")
     assert 3 <= peak <= 6  # three of one rule, and those of the rule before

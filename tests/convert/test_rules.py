@@ -36,7 +36,15 @@ def check_inverse(rule, dtype):
     assert tuple(ours.shape) == rule.our_shape() and rule.accepts(tuple(ours.shape))
     back = rule.to_theirs(ours)
     assert all(same_bits(a, b) for a, b in zip(back, theirs, strict=True))
+    check_pieces(rule, theirs, ours)
     return theirs, ours
+
+
+def check_pieces(rule, theirs, ours):
+    """In pieces it is the same: one after the other, the pieces are the numbers of the whole."""
+    assert torch.equal(torch.cat([bits(piece) for piece in rule.our_pieces(theirs)]), bits(ours))
+    for pieces, tensor in zip(rule.their_pieces(ours), theirs, strict=True):
+        assert torch.equal(torch.cat([bits(piece) for piece in pieces]), bits(tensor))
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,6 +59,20 @@ def test_interleaved_qkv(groups, per_group, head_dim, bias, dtype):
         rows += [q[(group * per_group + i) * head_dim :][:head_dim] for i in range(per_group)]
         rows += [k[group * head_dim :][:head_dim], v[group * head_dim :][:head_dim]]
     assert same_bits(ours, torch.cat(rows))
+
+
+def test_where_only_rows_move_pieces_are_views():
+    """A large tensor is never copied: what is written are parts of what was read."""
+    layout = InterleaveQKV("qkv", "q", "k", "v", 4, 2, 8, (3,))
+    for rule in (layout, Rename("a", "b", (2, 3)), GateUp("a", "b", "c", (2, 3)), PadRows("a", "b", (2, 3))):
+        theirs = [torch.randn(shape) for shape in rule.their_shapes()]
+        sources = [range(x.data_ptr(), x.data_ptr() + x.nbytes) for x in theirs]
+        for piece in rule.our_pieces(theirs):
+            assert piece.is_contiguous() and any(piece.data_ptr() in source for source in sources)
+        ours = rule.to_ours(theirs)
+        for piece in (piece for pieces in rule.their_pieces(ours) for piece in pieces):
+            assert piece.is_contiguous()
+            assert piece.data_ptr() in range(ours.data_ptr(), ours.data_ptr() + ours.nbytes)
 
 
 @settings(max_examples=20, deadline=None)

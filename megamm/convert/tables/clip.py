@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from megamm.config import VisionConfig
+from megamm.config import ModelConfig, VisionConfig
+from megamm.convert.family import Export, Family, Found, Reading, Target, model_type
 from megamm.convert.fields import Fields
-from megamm.convert.rules import Concat, Rename, Rule, Skip, repeat
+from megamm.convert.rules import Concat, Rename, Rule, Skip, Table, repeat
+from megamm.convert.tables.positions import resized, wanted_size
 from megamm.errors import InputError
 
 # What a config.json leaves out has the default of its class (CLIPVisionConfig).
@@ -37,7 +39,12 @@ TEXT_TOWER = [
 
 
 def rules(config: VisionConfig, prefix: str = "") -> list[Rule]:
-    """Rules for keys that start with `prefix` ("vision_tower." in LLaVA)."""
+    """Rules for keys that start with `prefix` ("vision_tower.vision_model." in LLaVA).
+
+    Raises:
+        InputError: the encoder is none of CLIP's.
+    """
+    check(config)
     width, patch = config.width, config.patch_size
     found: list[Rule] = [
         Rename("vision.class_embedding", f"{prefix}embeddings.class_embedding", (width,)),
@@ -51,17 +58,33 @@ def rules(config: VisionConfig, prefix: str = "") -> list[Rule]:
             f"{prefix}embeddings.position_embedding.weight",
             (1 + config.num_patches, width),
         ),
-        *_norm("vision.pre_norm", f"{prefix}pre_layrnorm", width),  # sic
+        *norm_rules("vision.pre_norm", f"{prefix}pre_layrnorm", width),  # sic
     ]
     found += repeat(config.num_layers, _block(config, f"{prefix}encoder.layers.{{n}}."))
-    return [*found, *_norm("vision.post_norm", f"{prefix}post_layernorm", width)]
+    return [*found, *norm_rules("vision.post_norm", f"{prefix}post_layernorm", width)]
 
 
-def _norm(ours: str, theirs: str, width: int) -> list[Rule]:
+def check(config: VisionConfig) -> None:
+    """Raises InputError unless CLIP's classes, in transformers as in open_clip, can express the encoder."""
+    plain = VisionConfig()
+    keys = ("patch_bias", "qkv_bias", "sub_norm", "residual", "rotary_side", "pre_norm", "post_norm")
+    different = [key for key in keys if getattr(config, key) != getattr(plain, key)]
+    if config.activation not in _ACTIVATIONS:
+        different.append("activation")
+    if different:
+        found = ", ".join(f"{key} {getattr(config, key)}" for key in different)
+        raise InputError(
+            f"model.vision: CLIP has no encoder with {found}; choose a format for EVA's encoders"
+        )
+
+
+def norm_rules(ours: str, theirs: str, width: int) -> list[Rule]:
+    """Weight and bias of a LayerNorm."""
     return [Rename(f"{ours}.{kind}", f"{theirs}.{kind}", (width,)) for kind in ("weight", "bias")]
 
 
-def _linear(ours: str, theirs: str, outputs: int, inputs: int) -> list[Rule]:
+def linear_rules(ours: str, theirs: str, outputs: int, inputs: int) -> list[Rule]:
+    """Weight and bias of a linear layer."""
     return [
         Rename(f"{ours}.weight", f"{theirs}.weight", (outputs, inputs)),
         Rename(f"{ours}.bias", f"{theirs}.bias", (outputs,)),
@@ -74,18 +97,23 @@ def _block(config: VisionConfig, theirs: str) -> list[Rule]:
     weights = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
     biases = tuple(f"{attention}{part}_proj.bias" for part in "qkv")
     return [
-        *_norm(f"{ours}norm1", f"{theirs}layer_norm1", width),
+        *norm_rules(f"{ours}norm1", f"{theirs}layer_norm1", width),
         Concat(f"{ours}attention.qkv.weight", weights, (width, width)),
         Concat(f"{ours}attention.qkv.bias", biases, (width,)),
-        *_linear(f"{ours}attention.proj", f"{attention}out_proj", width, width),
-        *_norm(f"{ours}norm2", f"{theirs}layer_norm2", width),
-        *_linear(f"{ours}mlp.fc1", f"{theirs}mlp.fc1", config.mlp_width, width),
-        *_linear(f"{ours}mlp.fc2", f"{theirs}mlp.fc2", width, config.mlp_width),
+        *linear_rules(f"{ours}attention.proj", f"{attention}out_proj", width, width),
+        *norm_rules(f"{ours}norm2", f"{theirs}layer_norm2", width),
+        *linear_rules(f"{ours}mlp.fc1", f"{theirs}mlp.fc1", config.mlp_width, width),
+        *linear_rules(f"{ours}mlp.fc2", f"{theirs}mlp.fc2", width, config.mlp_width),
     ]
 
 
 def to_hf(config: VisionConfig) -> dict[str, Any]:
-    """The CLIPVisionConfig of an encoder."""
+    """The CLIPVisionConfig of an encoder.
+
+    Raises:
+        InputError: the encoder is none of CLIP's.
+    """
+    check(config)
     return {
         "model_type": "clip_vision_model",
         "architectures": ["CLIPVisionModel"],
@@ -130,3 +158,41 @@ def from_hf(values: Any, where: str) -> VisionConfig:
         norm_eps=fields.number("layer_norm_eps"),
         init_std=fields.number("initializer_range"),
     )
+
+
+def table(config: VisionConfig) -> Table:
+    """The complete mapping of a vision encoder alone (CLIPVisionModel), or of the one in a CLIPModel.
+
+    Keys are those of transformers 4, which transformers 5 loads too; what it saves itself has no prefix.
+    """
+    modules = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+    aliases = [(name, f"vision_model.{name}") for name in modules]
+    return Table(rules(config, "vision_model."), [*SKIPS, *TEXT_TOWER], aliases)
+
+
+def _read(found: Found, wanted: ModelConfig | None) -> Reading:
+    values: Any = found.config
+    where = found.where
+    if values["model_type"] == "clip":
+        where, section = f"{where}, vision_config", values.get("vision_config")
+        values = {"model_type": "clip_vision_model", **section} if isinstance(section, dict) else section
+    source = from_hf(values, where)
+    vision = wanted_size(source, wanted)
+    mapping = table(source)
+    mapping.rules = resized(mapping.rules, source, vision)
+    return Reading(("vision",), ModelConfig(vision=vision), mapping, leaves_open=FEATURES)
+
+
+def _config(target: Target) -> dict[str, Any]:
+    name = str(target.dtype).removeprefix("torch.")
+    return {**to_hf(target.model.vision), "dtype": name, "torch_dtype": name}
+
+
+# What the weights of an encoder alone do not say: which of its features are taken.
+FEATURES = frozenset({"vision.feature_layer", "vision.feature_select", "vision.feature_norm"})
+FAMILY = Family(
+    "clip",
+    model_type("clip", "clip_vision_model"),
+    _read,
+    Export(("vision",), lambda model: table(model.vision), _config),
+)

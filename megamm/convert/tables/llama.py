@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from megamm.config import LanguageConfig
+from megamm.config import LanguageConfig, ModelConfig
+from megamm.convert.family import Export, Family, Found, Reading, Target, model_type
 from megamm.convert.fields import Fields
-from megamm.convert.rules import GateUp, InterleaveQKV, PadRows, Rename, Rule, Skip, repeat
+from megamm.convert.rules import GateUp, InterleaveQKV, PadRows, Rename, Rule, Skip, Table, repeat
 from megamm.errors import InputError
 
 # What a config.json leaves out has the default of its class, so these are part of the file format.
@@ -30,11 +32,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
+        "sliding_window": 4096,
     },
 }
 SKIPS = [
     Skip(r".*\.rotary_emb\.inv_freq", "a buffer of old releases, computed from rope_theta"),
 ]
+EMBEDDING, OUTPUT = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
+
+
+def table(config: LanguageConfig, padded_vocab: int | None = None) -> Table:
+    """The complete mapping of a language model alone (LlamaForCausalLM, MistralForCausalLM)."""
+    return Table(rules(config, "", padded_vocab), skips(config))
+
+
+def skips(config: LanguageConfig, prefix: str = "") -> list[Skip]:
+    """What a decoder's keys may hold beyond the rules."""
+    if not config.tie_embeddings:
+        return SKIPS
+    shared = Skip(
+        rf"{re.escape(prefix)}lm_head\.weight", "the output layer shares the weights of the embedding"
+    )
+    return [*SKIPS, shared]
 
 
 def rules(config: LanguageConfig, prefix: str = "", padded_vocab: int | None = None) -> list[Rule]:
@@ -43,18 +62,17 @@ def rules(config: LanguageConfig, prefix: str = "", padded_vocab: int | None = N
     `padded_vocab`: rows of our embedding and output layer; None means no padding.
     """
     vocab = (config.vocab_size, config.hidden_size)
-    hidden = (config.hidden_size,)
-    model = f"{prefix}model."
-    found: list[Rule] = [
-        PadRows(
-            "language.embedding.word_embeddings.weight", f"{model}embed_tokens.weight", vocab, padded_vocab
-        )
-    ]
-    found += repeat(config.num_layers, _layer(config, f"{model}layers.{{n}}."))
-    found.append(Rename("language.decoder.final_layernorm.weight", f"{model}norm.weight", hidden))
+    found: list[Rule] = [PadRows(EMBEDDING, f"{prefix}model.embed_tokens.weight", vocab, padded_vocab)]
+    found += body_rules(config, f"{prefix}model.")
     if not config.tie_embeddings:
-        found.append(PadRows("language.output_layer.weight", f"{prefix}lm_head.weight", vocab, padded_vocab))
+        found.append(PadRows(OUTPUT, f"{prefix}lm_head.weight", vocab, padded_vocab))
     return found
+
+
+def body_rules(config: LanguageConfig, prefix: str, layer: str = "layers.{n}.") -> list[Rule]:
+    """The layers, under `prefix` and `layer`, and the final norm: all but what depends on the vocabulary."""
+    norm = Rename("language.decoder.final_layernorm.weight", f"{prefix}norm.weight", (config.hidden_size,))
+    return [*repeat(config.num_layers, _layer(config, f"{prefix}{layer}")), norm]
 
 
 def _layer(config: LanguageConfig, theirs: str) -> list[Rule]:
@@ -141,7 +159,10 @@ def from_hf(values: Any, where: str) -> LanguageConfig:
     """
     fields = Fields(values, {}, where)
     kind = fields.one_of("model_type", {name: name for name in DEFAULTS})
-    fields = Fields(values, DEFAULTS[kind], where)
+    # null is a value of its own where it means "none" and is not the default
+    nulls = {key for key in ("sliding_window", "num_key_value_heads") if values.get(key, 0) is None}
+    defaults = {key: value for key, value in DEFAULTS[kind].items() if key not in nulls}
+    fields = Fields(values, defaults, where)
     fields.only("hidden_act", "silu")
     fields.only("mlp_bias", False)
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
@@ -185,3 +206,21 @@ def _rope_theta(fields: Fields) -> float:
         if key == "rope_parameters":
             return section.number("rope_theta")
     return fields.number("rope_theta")
+
+
+def _read(found: Found, wanted: ModelConfig | None) -> Reading:
+    language = from_hf(found.config, found.where)
+    return Reading(("language",), ModelConfig(language=language), table(language))
+
+
+def _config(target: Target) -> dict[str, Any]:
+    name = str(target.dtype).removeprefix("torch.")
+    return {**to_hf(target.model.language, target.token_ids), "dtype": name, "torch_dtype": name}
+
+
+def _export_table(model: ModelConfig) -> Table:
+    check(model.language)
+    return table(model.language)
+
+
+FAMILY = Family("llama", model_type("llama", "mistral"), _read, Export(("language",), _export_table, _config))

@@ -1,7 +1,8 @@
 """LLaVA as transformers names it (LlavaForConditionalGeneration): CLIP, a two-layer MLP, LLaMA.
 
-Three layouts of the keys are read: that of the public checkpoints, that of transformers 5 in memory, and
-that of its save_pretrained, which is also the one written.
+Written is the layout of the public checkpoints, which transformers 4 and 5 load; so does vLLM, whose encoder
+has a `vision_model` within it, a name that it does not add to keys. Read are also the keys of transformers 5
+in memory, and those that its save_pretrained writes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any, Literal, cast
 
 import torch
 
-from megamm.config import ConnectorConfig, ModelConfig
+from megamm.config import ConnectorConfig, ModelConfig, Part
+from megamm.convert.family import Export, Family, Found, Reading, Target
 from megamm.convert.fields import Fields
-from megamm.convert.rules import Rename, Rule, Skip, Table
+from megamm.convert.processor import write_processor
+from megamm.convert.rules import Rule, Table
 from megamm.convert.tables import clip, llama
 from megamm.errors import InputError
 
@@ -27,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "image_token_index": 32000,
 }
 # LlavaConfig fills in the vision tower of the public models where config.json is silent.
-_VISION_DEFAULTS = {
+VISION_DEFAULTS = {
     "model_type": "clip_vision_model",
     "intermediate_size": 4096,
     "hidden_size": 1024,
@@ -37,12 +40,14 @@ _VISION_DEFAULTS = {
     "num_attention_heads": 16,
 }
 _STRATEGIES = {"patch": "default", "all": "full"}
+_TOWER = "vision_tower.vision_model."
 _ALIASES = [
     ("model.language_model.", "language_model.model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.vision_tower.", "vision_tower."),
     ("lm_head.", "language_model.lm_head."),
-    ("vision_tower.vision_model.", "vision_tower."),
+    (_TOWER, "vision_tower."),  # or it would be doubled next
+    ("vision_tower.", _TOWER),
 ]
 
 
@@ -54,26 +59,23 @@ def table(model: ModelConfig, padded_vocab: int | None = None) -> Table:
     """
     check_family(model)
     rules = [
-        *clip.rules(model.vision, "vision_tower."),
+        *clip.rules(model.vision, _TOWER),
         *projector_rules(model, "multi_modal_projector."),
         *llama.rules(model.language, "language_model.", padded_vocab),
     ]
-    skips = [*clip.SKIPS, *llama.SKIPS]
-    if model.language.tie_embeddings:
-        skips.append(
-            Skip(r"language_model\.lm_head\.weight", "the output layer shares the weights of the embedding")
-        )
+    skips = [*clip.SKIPS, *llama.skips(model.language, "language_model.")]
     return Table(rules, skips, _ALIASES)
 
 
-def projector_rules(model: ModelConfig, prefix: str = "") -> list[Rule]:
-    """The two linear layers of the projector."""
+def projector_rules(
+    model: ModelConfig, prefix: str = "", names: tuple[str, str] = ("linear_1", "linear_2")
+) -> list[Rule]:
+    """The two linear layers of the projector, which the format calls `names`."""
     width, hidden = model.vision.width, model.language.hidden_size
-    found: list[Rule] = []
-    for name, inputs in (("linear_1", width), ("linear_2", hidden)):
-        found.append(Rename(f"connector.{name}.weight", f"{prefix}{name}.weight", (hidden, inputs)))
-        found.append(Rename(f"connector.{name}.bias", f"{prefix}{name}.bias", (hidden,)))
-    return found
+    return [
+        *clip.linear_rules("connector.linear_1", f"{prefix}{names[0]}", hidden, width),
+        *clip.linear_rules("connector.linear_2", f"{prefix}{names[1]}", hidden, hidden),
+    ]
 
 
 def check_family(model: ModelConfig) -> None:
@@ -82,6 +84,10 @@ def check_family(model: ModelConfig) -> None:
         raise InputError(
             f"model: a {model.assembly} model with a {model.connector.kind} connector is no LLaVA model;"
             " only merged models with an mlp connector can be exported so far"
+        )
+    if model.vision.feature_norm:
+        raise InputError(
+            "model.vision.feature_norm: LLaVA takes features as they leave a block, without a norm"
         )
     llama.check(model.language)
 
@@ -126,7 +132,7 @@ def from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     fields.only("projector_hidden_act", "gelu")
     fields.only("multimodal_projector_bias", True)
     strategy = fields.one_of("vision_feature_select_strategy", {hf: our for our, hf in _STRATEGIES.items()})
-    vision = clip.from_hf(_filled(fields.get("vision_config"), _VISION_DEFAULTS), f"{where}, vision_config")
+    vision = clip.from_hf(_filled(fields.get("vision_config"), VISION_DEFAULTS), f"{where}, vision_config")
     layer = fields.get("vision_feature_layer")
     if not isinstance(layer, int) or not -vision.num_layers - 1 <= layer <= vision.num_layers:
         raise InputError(
@@ -156,3 +162,27 @@ def _filled(values: Any, defaults: dict[str, Any]) -> Any:
     if values is None:
         return dict(defaults)
     return {**defaults, **values} if isinstance(values, dict) else values
+
+
+PARTS: tuple[Part, ...] = ("vision", "connector", "language")
+
+
+def _read(found: Found, wanted: ModelConfig | None) -> Reading:
+    model = from_hf(found.config, found.where)
+    return Reading(PARTS, model, table(model), image_token_id(found.config, found.where))
+
+
+def _config(target: Target) -> dict[str, Any]:
+    return to_hf(target.model, target.token_ids, target.need_image_id(), target.dtype)
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether it is the authors' config.json (`llava_original`), which may have the same model_type."""
+    return "mm_vision_tower" in config or "mm_projector_type" in config
+
+
+def _recognises(found: Found) -> bool:
+    return found.config.get("model_type") == "llava" and not is_original(found.config)
+
+
+FAMILY = Family("llava", _recognises, _read, Export(PARTS, table, _config, write_processor))
