@@ -14,6 +14,11 @@ venv=.venv
 python=$venv/bin/python
 stamp=$venv/.megamm-stamp
 log=$venv/bootstrap.log
+# What the tests compare megamm with, where transformers has it not, and what these packages need beside the extras.
+# They live apart from the other packages: two of them ask for torch versions of their own, and transformers
+# takes another path where it finds torchvision, which on a CPU does not load by itself (tests/parity/references.py).
+references=$venv/references
+reference_packages="timm open_clip_torch open_flamingo torchvision ftfy wcwidth einops einops-exts peft accelerate"
 torch_version=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
@@ -106,6 +111,12 @@ install_dali() {
   pip install -c constraints.txt "nvidia-dali-cuda$cuda"
 }
 
+install_references() {
+  rm -rf "$references"
+  # shellcheck disable=SC2086
+  pip install --no-deps --target "$references" -c constraints.txt $reference_packages
+}
+
 check_operators() {
   "$python" -c 'import sys; from megamm import ops; sys.exit(None if ops.extension_built() else ops.extension_status())'
 }
@@ -135,6 +146,10 @@ main() {
   fi
   if [ "${MEGAMM_BUILD_EXT:-}" != 0 ] && ! phase "compiled operators" check_operators; then
     say "the compiled operators are not in use: $(tail -n 1 "$log"); going on in plain torch (reason: $log)"
+  fi
+  if [[ ,$extras, == *,dev,* ]] && ! phase "test references" install_references; then
+    say "timm, open_clip, open_flamingo or peft cannot be installed, so tests of parity will fail (reason: $log)"
+    return # without a stamp: the next run tries again
   fi
   printf '%s\n%s\n' "$before" "$extras" >"$stamp"
 }

@@ -1,4 +1,4 @@
-"""`megamm convert`, for those who look for it here: python tools/convert_checkpoint.py import|export ..."""
+"""`megamm convert` for those who look here: python tools/convert_checkpoint.py import|export|verify ..."""
 
 from __future__ import annotations
 
