@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +234,12 @@ def test_interrupt_from_outside_ends_with_one_line(tmp_path: Path) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "megamm", "train", str(pipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # a shell's background jobs ignore the signal, and so would what they start
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed)
     writer = os.open(pipe, os.O_WRONLY)  # returns when megamm has opened it for reading
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=60)
     os.close(writer)
     assert process.returncode == 130
     assert err == "megamm: interrupted\n"
