@@ -88,10 +88,11 @@ def _leave_empty(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _fusions() -> dict[str, Any]:
-    """megatron's fusions need CUDA extensions (masked softmax, gradient accumulation, rope)."""
-    cuda = torch.cuda.is_available()
+    """megatron's need CUDA extensions; megamm has its own of SwiGLU, rotary positions and the loss."""
     return {
-        "bias_activation_fusion": cuda,
+        # (the name misleads: the layers bring the whole activation, which need not be Transformer Engine's)
+        "use_te_activation_func": True,
+        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,

@@ -17,8 +17,11 @@ from torch import nn
 
 from megamm.config import CrossAttentionConfig
 from megamm.layers.backend import column_parallel, row_parallel
+from megamm.layers.media_segments import MediaSegments, attend_to_segments
 from megamm.layers.module import MegatronModule
 from megamm.layers.norms import LayerNorm, RMSNorm, mark_sequence_parallel
+from megamm.ops.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_rms_norm
+from megamm.ops.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class MediaMask:
     """Who attends to which media, for all gated blocks of a micro-batch.
 
     Attributes:
-        attend: [B, 1, S, M] bool, True where a position attends to a media token.
+        segments: which image's media tokens each position attends to.
         keep_block: [S, B, 1] bool, False at the positions of samples (documents of packed rows) without any
             image; a shard under sequence parallelism. None where the geometry does not ask.
     """
 
-    attend: torch.Tensor
+    segments: MediaSegments
     keep_block: Optional[torch.Tensor] = None
 
 
@@ -77,30 +80,29 @@ class MultiHeadAttention(MegatronModule):
         self,
         x: torch.Tensor,
         context: torch.Tensor,
-        mask: Optional[torch.Tensor] = None,
-        keep: Optional[torch.Tensor] = None,
+        segments: Optional[MediaSegments] = None,
     ) -> torch.Tensor:
         """[S, B, query_size] attending to [M, B, context_size].
 
         Args:
-            mask: [B, 1, S, M] bool, True where attention is allowed; None allows all.
-            keep: [S, B, 1]; 0 zeroes the attention output of a position exactly (without biases).
+            segments: which part of the context each position attends to; one that attends to nothing gets
+                exactly 0 (without biases). None: all to all.
         """
         q, _ = self.to_q(x)
         kv, _ = self.to_kv(context)
         q = self.q_layernorm(self._split_heads(q, self.head_dim))
         k, v = self._split_heads(kv, 2 * self.head_dim).chunk(2, dim=-1)
         k = self.k_layernorm(k)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = out.permute(2, 0, 1, 3).flatten(2)  # [S, B, local heads * head_dim]
-        if keep is not None:
-            out = out * keep
-        out, _ = self.to_out(out)
+        if segments is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [B, local heads, positions, head_dim]
+            out = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3)
+        else:
+            out = attend_to_segments(q, k, v, segments)
+        out, _ = self.to_out(out.flatten(2).contiguous())  # [S, B, local heads * head_dim]
         return out
 
     def _split_heads(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        length, batch, _ = x.shape
-        return x.view(length, batch, self.num_local_heads, size).permute(1, 2, 0, 3)
+        return x.unflatten(2, (self.num_local_heads, size))
 
 
 class FeedForward(MegatronModule):
@@ -135,10 +137,12 @@ class SwiGLU(MLP):
     """
 
     def __init__(self, config: Any, backend: Any, tp_group: Any) -> None:
-        linears = MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        parts = MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(),
+            activation_func=swiglu,
+            linear_fc2=backend.row_parallel_linear(),
         )
-        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+        super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         out, _ = super().forward(x)
@@ -209,7 +213,7 @@ class GatedCrossAttention(MegatronModule):
         self,
         x: torch.Tensor,
         media: torch.Tensor,
-        mask: torch.Tensor,
+        segments: MediaSegments,
         keep_block: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """The hidden states behind the block, [S, B, H].
@@ -219,17 +223,22 @@ class GatedCrossAttention(MegatronModule):
         Args:
             x: [S, B, H] hidden states.
             media: [M, B, media_width] media tokens.
-            mask: [B, 1, S, M] bool, True where a position attends to a media token.
+            segments: which image's media tokens each position attends to.
             keep_block: with skip_text_only, [S, B, 1], false at positions that pass the block unchanged;
-                None: those of samples whose mask is all False. (Under sequence parallelism the positions
-                of x, which is a shard, while mask has all of them.)
+                None: those of samples without a position that sees media. (Under sequence parallelism the
+                positions of x, which is a shard, while segments has all of them.)
         """
-        sees_media = mask.any(dim=-1, keepdim=True)  # [B, 1, S, 1]
-        keep = sees_media[:, 0].transpose(0, 1).to(x.dtype)  # [S, B, 1]
-        # softmax over nothing is NaN: let such rows attend to everything, then drop the result
-        attended = self.attention(self.attention_norm(x), media, mask | ~sees_media, keep)
-        x = x + self.attention_gate.tanh() * attended
-        update = self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(x))
+        attended = self.attention(self.attention_norm(x), media, segments)
+        normed, x = self._add_and_norm(x, attended)
+        keep = None
         if self.skip_text_only:  # the attention output of such samples is zero already
-            update = update * (keep.amax(dim=0) if keep_block is None else keep_block)
-        return x + update
+            keep = segments.sees_media if keep_block is None else keep_block
+        return gated_residual(x, self.feed_forward(normed), self.feed_forward_gate, keep)
+
+    def _add_and_norm(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first gated sum, after the norm of the feed-forward and as it is."""
+        norm, gate = self.feed_forward_norm, self.attention_gate
+        if isinstance(norm, RMSNorm):
+            return gated_residual_rms_norm(x, attended, gate, norm.weight, norm.eps)
+        assert isinstance(norm, LayerNorm)
+        return gated_residual_layer_norm(x, attended, gate, norm.weight, norm.bias, norm.eps)

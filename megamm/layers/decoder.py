@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -30,7 +30,13 @@ from megamm.layers.backend import backend_by_name
 from megamm.layers.context import context_slice
 from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
 from megamm.layers.lora import Adapters, DropoutKeys, adapted_targets, position_keys, with_adapters
+from megamm.layers.norms import RMSNorm
 from megamm.layers.recompute import recomputed
+from megamm.layers.rotary import RotarySelfAttention
+from megamm.ops.linear_cross_entropy import linear_cross_entropy
+from megamm.ops.rms_norm import rms_norm_add
+from megamm.ops.rope import rope_table
+from megamm.ops.swiglu import swiglu
 
 
 class DecoderLayer(TransformerLayer):
@@ -57,6 +63,9 @@ class DecoderLayer(TransformerLayer):
         self.mlp.is_recomputed = self.recompute_mlp  # type: ignore[has-type]
         self.recompute_mlp = False
         self.dropout_keys: Optional[DropoutKeys] = None  # of the micro-batch that comes next
+        self._normed: Optional[torch.Tensor] = None
+        if isinstance(self.pre_mlp_layernorm, RMSNorm):
+            self.self_attn_bda = lambda *_: self._add_and_norm
         _number_adapters(self, self.layer_number)
 
     def forward(  # type: ignore[override]
@@ -81,13 +90,33 @@ class DecoderLayer(TransformerLayer):
         if self.gated_cross_attention is not None:
             assert context_mask is not None
             hidden_states = self.gated_cross_attention(
-                hidden_states, context, context_mask.attend, context_mask.keep_block
+                hidden_states, context, context_mask.segments, context_mask.keep_block
             )
         hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return hidden_states, context
 
+    def _add_and_norm(
+        self,
+        attended: tuple[torch.Tensor, Optional[torch.Tensor]],
+        residual: torch.Tensor,
+        dropout: float,
+    ) -> torch.Tensor:
+        """The residual addition behind attention, in megatron's slot, and the norm before the MLP with it."""
+        assert dropout == 0
+        out, bias = attended
+        if bias is not None:
+            out = out + bias
+        norm = self.pre_mlp_layernorm
+        self._normed, total = rms_norm_add(out, residual, norm.weight, norm.eps)
+        return total
 
-class BiasedSelfAttention(SelfAttention):
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed, self._normed = self._normed, None
+        found: torch.Tensor = super()._forward_pre_mlp_layernorm(hidden_states) if normed is None else normed
+        return found
+
+
+class BiasedSelfAttention(RotarySelfAttention):
     """Self-attention with biases on all four projections, in a decoder whose MLP has none (InternLM)."""
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
@@ -174,8 +203,9 @@ def decoder_layer_spec(config: DecoderConfig, backend_name: str, tp_group: Any) 
     input_norm, qkv, input_norm_names = first_linear("linear_qkv", "input_layernorm")
     mlp_norm, fc1, mlp_norm_names = first_linear("linear_fc1", "pre_mlp_layernorm")
     fc2 = adapted(backend.row_parallel_linear(), "linear_fc2")
+    mlp = MLPSubmodules(linear_fc1=fc1, activation_func=swiglu, linear_fc2=fc2)
     attention = ModuleSpec(
-        module=BiasedSelfAttention if config.attention_out_bias else SelfAttention,
+        module=BiasedSelfAttention if config.attention_out_bias else RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=qkv,
@@ -193,7 +223,7 @@ def decoder_layer_spec(config: DecoderConfig, backend_name: str, tp_group: Any) 
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=mlp_norm,
-            mlp=DecoderMLP.of(MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2), tp_group),
+            mlp=DecoderMLP.of(mlp, tp_group),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={**input_norm_names, **mlp_norm_names},
         ),
@@ -265,13 +295,12 @@ class Decoder(GPTModel):
         return x
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """megatron's, with rotary positions that start again at each document of a packed row."""
-        prepared = super()._preprocess(*args, **kwargs)
-        packed = kwargs.get("packed_seq_params")
-        if packed is None or packed.qkv_format == "thd":  # with thd, megatron does it in each layer
-            return prepared
-        decoder_input, rotary, *rest = prepared
-        return decoder_input, rotary[kwargs["position_ids"][0]], *rest
+        """megatron's, with a table of cosines and sines instead of angles, computed once for all layers; its
+        positions start again at each document of a packed row."""
+        decoder_input, angles, *rest = super()._preprocess(*args, **kwargs)
+        if kwargs.get("packed_seq_params") is not None:
+            angles = angles[kwargs["position_ids"][0]]
+        return decoder_input, rope_table(angles[:, 0, 0].chunk(2, dim=-1)[0]), *rest
 
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: Optional[torch.Tensor] = None, **kwargs: Any
@@ -287,32 +316,25 @@ class Decoder(GPTModel):
     def _losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the positions that have a label, 0 elsewhere: [S, B, H] and [B, S] to [B, S].
 
-        Only those positions go through the output layer. (In instruction tuning most have no label, and
-        the output layer is the widest of the model.)
+        Only those positions go through the output layer, whose logits exist a chunk at a time. (In
+        instruction tuning most have no label, and the output layer is the widest of the model.)
         """
-        by_position = labels.t().reshape(-1)  # in the order of the hidden states
-        places = (by_position != IGNORE_INDEX).nonzero().squeeze(1)
-        if not len(places):  # one position, whose loss the caller ignores, keeps the graph in one piece
-            places = places.new_zeros(1)
-        chosen = hidden_states.flatten(0, 1).index_select(0, places)[:, None]
         weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
         )
-        logits, _ = self.output_layer(chosen, weight=weight)
-        targets = by_position[places].clamp(min=0)[None]
-        losses = self.compute_language_model_loss(targets, self._without_padding(logits))
-        scattered = losses.new_zeros(by_position.shape).index_copy(0, places, losses[0])
-        return scattered.view(labels.shape[1], labels.shape[0]).t()
-
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits with the columns that only pad the vocabulary at the lowest finite value, so that the
-        loss is the same whatever the padding."""
-        start = self.pg_collection.tp.rank() * logits.shape[-1]
-        num_valid = max(0, min(logits.shape[-1], self.valid_vocab_size - start))
-        if num_valid == logits.shape[-1]:
-            return logits
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_valid
-        return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        losses = linear_cross_entropy(
+            hidden_states,
+            weight,
+            labels.t(),
+            self.valid_vocab_size,
+            IGNORE_INDEX,
+            self.pg_collection.tp,
+            # the gather of the hidden states sums their gradients
+            sum_hidden_gradient=not self.config.sequence_parallel,
+        )
+        return losses.t()
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from megamm.ops import layer_norm
 from megamm.ops.rms_norm import rms_norm
 
 
@@ -40,8 +41,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm in the model's dtype, optionally marked as sequence-parallel."""
+class LayerNorm(layer_norm.LayerNorm):
+    """LayerNorm in the model's dtype, optionally marked as sequence-parallel."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -25,6 +25,7 @@ from megamm.layers.dealt_images import encode_dealt, share_gradients
 from megamm.layers.decoder import Decoder
 from megamm.layers.documents import Documents, documents, last_image
 from megamm.layers.media_rows import num_rows, pack, unpack
+from megamm.layers.media_segments import MediaSegments
 from megamm.layers.module import MegatronModule
 from megamm.layers.recompute import recomputed
 from megamm.models.freezing import freeze, is_trained
@@ -289,15 +290,15 @@ class CrossAttentionModel(VisionLanguageModel):
 
     def _media_mask(self, is_image: torch.Tensor, batch: Batch) -> MediaMask:
         """Who attends to which media token, for this rank's part of the sequence."""
-        text_time, has_image = last_image(is_image, batch.position_ids)
-        image = torch.arange(1, self._images_per_sample(batch) + 1, device=is_image.device)
-        media_time = image.repeat_interleave(self.model_config.connector.num_latents)
-        own_time = context_slice(text_time, 1, self.pg_collection.cp)
-        attend = own_time[:, None, :, None] == media_time
+        image, has_image = last_image(is_image, batch.position_ids)
+        own_image = context_slice(image, 1, self.pg_collection.cp)
+        num_latents = self.model_config.connector.num_latents
+        segments = MediaSegments.of(own_image, self._images_per_sample(batch), num_latents)
         if not self.model_config.cross_attention.skip_text_only:
-            return MediaMask(attend)
+            return MediaMask(segments)
         own_part = context_slice(has_image, 1, self.pg_collection.cp).t()[..., None]
-        return MediaMask(attend, self.language.scatter(own_part.to(self.config.params_dtype)))
+        # (float on the way: bools are not scattered)
+        return MediaMask(segments, self.language.scatter(own_part.float()) > 0)
 
     def pipeline_rows(self) -> int:
         """Counted in positions of the whole sequence, of which each rank packs its share: under sequence

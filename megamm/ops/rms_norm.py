@@ -1,4 +1,4 @@
-"""Root mean square layer norm (Zhang and Sennrich 2019, arXiv:1910.07467), forward and backward.
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone and behind a residual addition.
 
     y = x * rstd * weight        rstd = 1 / sqrt(mean(x^2) + eps)
 
@@ -9,14 +9,14 @@ dtype of x before the weight: in fp32 the same numbers, in bf16 one rounding mor
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
 from megamm.ops import fused_devices
 
 _FUSED_DEVICES = fused_devices("rms_norm")
-_FUSED_DTYPES = {
+FUSED_DTYPES = {  # of the norms and gates that share csrc/common/norm.h
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "meta": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -38,13 +38,48 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Raises:
         ValueError: weight is not [H].
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight is {list(weight.shape)}, the last dimension of x is {x.shape[-1:]}"
-        )
+    _check_weight("rms_norm", x, weight)
     if _is_fused(x, weight):
         return torch.ops.megamm.rms_norm(x, weight, eps)[0]
     return rms_norm_ref(x, weight, eps)
+
+
+def rms_norm_add(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A residual addition and the RMSNorm behind it, in one pass over the data where fused.
+
+    Args:
+        x: [..., H], as for rms_norm.
+        residual: what is added to x: same shape and dtype.
+        weight: [H], in the dtype of x or fp32.
+        eps: added to the mean square.
+
+    Returns:
+        (y, sum), both [..., H] in the dtype of x: sum is x + residual, y its norm: of the rounded sum, so
+        the numbers are those of the addition followed by rms_norm. Differentiable once, through either.
+
+    Raises:
+        ValueError: weight is not [H], or residual is not like x.
+    """
+    _check_weight("rms_norm_add", x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"rms_norm_add: residual is {residual.dtype} {list(residual.shape)},"
+            f" x is {x.dtype} {list(x.shape)}"
+        )
+    if _is_fused(x, weight) and residual.device == x.device:
+        y, total, _ = torch.ops.megamm.rms_norm_add(x, residual, weight, eps)
+        return y, total
+    return rms_norm_add_ref(x, residual, weight, eps)
+
+
+def rms_norm_add_ref(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm_add in plain torch."""
+    total = x + residual
+    return rms_norm_ref(total, weight, eps), total
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -55,11 +90,16 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return (x_acc * rstd * weight.to(accumulate)).to(x.dtype)
 
 
+def _check_weight(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: weight is {list(weight.shape)}, the last dimension of x is {x.shape[-1:]}")
+
+
 def _is_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     device = x.device.type
     return (
         device in _FUSED_DEVICES
-        and x.dtype in _FUSED_DTYPES[device]
+        and x.dtype in FUSED_DTYPES[device]
         and weight.dtype in (x.dtype, torch.float32)
     )
 
@@ -93,7 +133,56 @@ def _backward(ctx: Any, grad: torch.Tensor, _grad_rstd: Any) -> tuple[Any, Any, 
     return grad_x if need_x else None, grad_weight if need_weight else None, None
 
 
+def _fake_add_forward(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, rstd = _fake_forward(x, weight, eps)
+    return y, x.new_empty(x.shape), rstd
+
+
+def _fake_add_backward(
+    grad: torch.Tensor,
+    grad_sum: Optional[torch.Tensor],
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    need_sum: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_backward(grad, total, weight, rstd, need_sum, need_weight)
+
+
+def _save_for_add_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, total, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total, inputs[2], rstd)
+
+
+def _add_backward(
+    ctx: Any, grad: Optional[torch.Tensor], grad_sum: Optional[torch.Tensor], _grad_rstd: Any
+) -> tuple[Any, Any, Any, None]:
+    total, weight, rstd = ctx.saved_tensors
+    if grad is None:  # nobody used the norm
+        return grad_sum, grad_sum, None, None
+    need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+    grad_total, grad_weight = torch.ops.megamm.rms_norm_add_backward(
+        grad, grad_sum, total, weight, rstd, need_x or need_residual, need_weight
+    )
+    return (
+        grad_total if need_x else None,
+        grad_total if need_residual else None,
+        grad_weight if need_weight else None,
+        None,
+    )
+
+
 if _FUSED_DEVICES:
     torch.library.register_fake("megamm::rms_norm", _fake_forward)
     torch.library.register_fake("megamm::rms_norm_backward", _fake_backward)
     torch.library.register_autograd("megamm::rms_norm", _backward, setup_context=_save_for_backward)
+    torch.library.register_fake("megamm::rms_norm_add", _fake_add_forward)
+    torch.library.register_fake("megamm::rms_norm_add_backward", _fake_add_backward)
+    torch.library.register_autograd(
+        "megamm::rms_norm_add", _add_backward, setup_context=_save_for_add_backward
+    )

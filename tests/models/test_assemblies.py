@@ -14,6 +14,7 @@ from megamm.models.freezing import part_of
 from megamm.models.vlm import CrossAttentionModel, MergedModel
 from tests.dist.tiny import IMAGE_ID, LENGTH, VOCAB, tiny_recipe
 from tests.one_process import build, merge_rows, whole
+from tests.segments import dense_mask
 
 # positions that an image takes
 SPANS = [("merged", 4), ("qformer", 6), ("cross_attention", 1), ("idefics", 1)]
@@ -84,7 +85,7 @@ def test_media_mask(cross: CrossAttentionModel) -> None:
     """The drawing in the class's docstring, written out."""
     ids = torch.tensor([[9, IMAGE_ID, 8, 7, IMAGE_ID, 6], [9, 8, 7, 6, IMAGE_ID, 5], [4, 5, 6, 7, 8, 9]])
     batch = replace(batch_of([2, 1, 0], span=1), input_ids=ids, position_ids=torch.arange(6).expand(3, -1))
-    mask = cross._media_mask(ids == IMAGE_ID, batch).attend
+    mask = dense_mask(cross._media_mask(ids == IMAGE_ID, batch).segments)
     latents = cross.model_config.connector.num_latents
     assert mask.shape == (3, 1, 6, 2 * latents)
     seen = mask[:, 0].view(3, 6, 2, latents)
@@ -99,14 +100,14 @@ def test_media_mask(cross: CrossAttentionModel) -> None:
 def test_an_image_reaches_its_own_text_only(cross: CrossAttentionModel) -> None:
     """One gated block, before self-attention carries anything further: bit for bit."""
     batch = batch_of([2], span=1)
-    mask = cross._media_mask(cross.check_images(batch, 1), batch).attend
+    segments = cross._media_mask(cross.check_images(batch, 1), batch).segments
     block = cross.language.decoder.layers[1].gated_cross_attention
     x, media = torch.randn(LENGTH, 1, 64), torch.randn(8, 1, 48)
-    before = block(x, media, mask)
+    before = block(x, media, segments)
     for image, (start, end) in enumerate([(FIRST, SECOND), (SECOND, LENGTH)]):
         changed = media.clone()
         changed[image * 4 : (image + 1) * 4] += 1.0
-        rows = (block(x, changed, mask) != before).any(-1)[:, 0]
+        rows = (block(x, changed, segments) != before).any(-1)[:, 0]
         assert rows.nonzero().flatten().tolist() == list(range(start, end))
 
 

@@ -21,6 +21,7 @@ from megamm.models.qformer import QFormer
 from megamm.models.resampler import PerceiverResampler
 from tests.dist.tiny import tiny_recipe
 from tests.one_process import build, whole
+from tests.segments import dense_mask, segments
 
 NUM_HEADS, HEAD_DIM = 4, 8
 NUM_IMAGES, NUM_FEATURES, WIDTH, HIDDEN = 3, 5, 48, 64
@@ -116,9 +117,9 @@ def test_gated_block(recipe: Recipe, layout: Groups) -> None:
     block = gated_block(recipe, layout)
     weights = scramble(block)
     x, media = torch.randn(7, 2, HIDDEN), torch.randn(6, 2, WIDTH)
-    mask = torch.rand(2, 1, 7, 6) > 0.5
-    mask[0, :, :3] = False  # positions that see nothing
-    found = block(x, media, mask)
+    seen = segments([[0, 0, 0, 1, 1, 3, 3], [1, 1, 2, 0, 0, 3, 0]], num_images=3, num_latents=2)
+    mask = dense_mask(seen)
+    found = block(x, media, seen)
     wanted = []
     for sample in range(2):
         rows, allowed = x[:, sample].double(), mask[sample, 0].double()
@@ -142,15 +143,13 @@ def test_gradients_of_a_position_without_media_are_finite(recipe: Recipe, layout
     scramble(block)
     x = torch.randn(4, 1, HIDDEN, requires_grad=True)
     media = torch.randn(6, 1, WIDTH, requires_grad=True)
-    mask = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
-    block(x, media, mask).sum().backward()
+    block(x, media, segments([[0, 0, 0, 0]], 6, 1)).sum().backward()
     assert media.grad is not None and media.grad.abs().max() == 0
     assert x.grad is not None and x.grad.isfinite().all()
     for name, parameter in block.named_parameters():
         if name.startswith("attention.") or name == "attention_gate":
             assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
-    mask[..., -1, 2] = True
-    block(x, media, mask).sum().backward()
+    block(x, media, segments([[0, 0, 0, 3]], 6, 1)).sum().backward()
     assert media.grad[2].abs().max() > 0 and media.grad[[0, 1, 3, 4, 5]].abs().max() == 0
 
 
@@ -166,9 +165,9 @@ def test_text_only_samples_skip_the_block(recipe: Recipe, layout: Groups) -> Non
     plain = gated_block(recipe, layout)
     skipping = gated_block(skipping_recipe(), layout)
     x, media = torch.randn(4, 3, HIDDEN), torch.randn(6, 3, WIDTH)
-    mask = torch.ones(3, 1, 4, 6, dtype=torch.bool)
-    mask[1], mask[2, :, :2] = False, False  # no image at all; none before position 2
-    without, found = plain(x, media, mask), skipping(x, media, mask)
+    # in every position; no image at all; none before position 2
+    seen = segments([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]], 1, 6)
+    without, found = plain(x, media, seen), skipping(x, media, seen)
     assert torch.equal(found[:, 1], x[:, 1]) and not torch.equal(without[:, 1], x[:, 1])
     assert torch.equal(found[:, [0, 2]], without[:, [0, 2]])
     found[:, 1].sum().backward()
@@ -180,10 +179,9 @@ def test_the_caller_can_say_which_positions_skip_the_block(layout: Groups) -> No
     """Of a packed row, the documents without images."""
     block = gated_block(skipping_recipe(), layout)
     x, media = torch.randn(4, 1, HIDDEN), torch.randn(6, 1, WIDTH)
-    mask = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
-    mask[:, :, 1] = True
+    seen = segments([[0, 1, 0, 0]], 1, 6)
     keep = torch.tensor([True, True, False, False])[:, None, None]
-    found, everywhere = block(x, media, mask, keep), block(x, media, mask)
+    found, everywhere = block(x, media, seen, keep), block(x, media, seen)
     assert torch.equal(found[2:], x[2:]) and torch.equal(found[:2], everywhere[:2])
     assert not torch.equal(everywhere[2:], x[2:])
 

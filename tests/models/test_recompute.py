@@ -63,7 +63,7 @@ def test_gradients_are_the_same(layout: Groups, assembly: str, setting: str, fro
 
 @pytest.mark.parametrize(
     "setting, at_most",
-    [("full", 0.45), ("first_layers", 0.75), ("selective", 0.75), ("vision", 0.97), ("connector", 0.98)],
+    [("full", 0.45), ("first_layers", 0.75), ("selective", 0.82), ("vision", 0.97), ("connector", 0.98)],
 )
 def test_less_is_kept(layout: Groups, setting: str, at_most: float) -> None:
     plain = tiny_recipe("cross_attention")

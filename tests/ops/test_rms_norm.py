@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megamm import ops
-from megamm.ops.rms_norm import rms_norm, rms_norm_ref
+from megamm.ops.rms_norm import rms_norm, rms_norm_add, rms_norm_add_ref, rms_norm_ref
+from tests.ops import norms
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS = 1e-5
@@ -240,17 +241,11 @@ def test_fallback_gives_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("arch", ["80", "90a"])
-@pytest.mark.timeout(600)
-def test_cuda_kernel_compiles(arch: str, tmp_path: Path) -> None:
-    """With plain nvcc and no torch header; warnings are errors."""
-    target = tmp_path / f"rms_norm_{arch}.o"
-    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Werror", "all-warnings"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "csrc/rms_norm/kernel.cu", "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    assert target.stat().st_size > 10_000
+class TestCompiled:
+    pytestmark = norms.compiled
+
+    def test_cuda_kernel_compiles(self, arch: str, tmp_path: Path) -> None:
+        norms.assert_kernel_compiles("rms_norm", arch, tmp_path, kernels=40)
 
 
 @pytest.mark.gpu
@@ -270,3 +265,102 @@ def test_cuda_matches_the_definition(dtype: torch.dtype, shape: tuple[int, ...])
 def test_cuda_inputs_need_not_be_contiguous(view: str) -> None:
     x, grad = (strided_views()[view](torch.randn(6, 8, 96, device="cuda")) for _ in range(2))
     assert_matches(rms_norm, [x, torch.rand(32, device="cuda"), grad], torch.float32)
+
+
+def add_definition(
+    rounding: torch.dtype, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the sum as it is rounded (its gradient passes through that), and the sum."""
+    total = x + residual
+    total = total + (total.to(rounding).double() - total).detach()
+    return definition(total, weight, EPS), total
+
+
+def make_add_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    x, weight, grad = make_inputs(shape, dtype, device)
+    return [x, torch.randn_like(x), weight], [grad, torch.randn_like(grad)]
+
+
+def added(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rms_norm_add(x, residual, weight, EPS)
+
+
+def added_ref(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rms_norm_add_ref(x, residual, weight, EPS)
+
+
+@pytest.mark.parametrize("op", [added, added_ref])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 16), (3, 0)])
+def test_add_matches_the_definition(op: norms.Op, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    inputs, grads = make_add_inputs(shape, dtype)
+    # plain torch rounds what comes through the norm, then its sum with the other gradient
+    norms.assert_matches(op, partial(add_definition, dtype), inputs, grads, 2 if op is added_ref else 1)
+
+
+@pytest.mark.parametrize("view", list(norms.strided_views()))
+def test_add_takes_inputs_that_are_not_contiguous(view: str) -> None:
+    tensors = [norms.strided_views()[view](torch.randn(6, 8, 96)) for _ in range(4)]
+    inputs = [*tensors[:2], torch.rand(32) + 0.5]
+    norms.assert_matches(added, partial(add_definition, torch.float32), inputs, tensors[2:])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_when_only_one_output_is_used(used: int) -> None:
+    inputs, grads = make_add_inputs((7, 40), torch.float32)
+    got, want = (
+        run_leaves(op, inputs, used, grads[used])
+        for op in (added, lambda x, r, w: (rms_norm(x + r, w, EPS), x + r))
+    )
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def run_leaves(
+    op: norms.Op, inputs: list[torch.Tensor], used: int, grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The gradients of the inputs through one of the outputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    op(*leaves)[used].backward(grad)
+    return [leaf.grad for leaf in leaves]
+
+
+def test_add_gradcheck() -> None:
+    inputs, _ = make_add_inputs((3, 4, 19), torch.float64)
+    assert torch.autograd.gradcheck(added, [t.requires_grad_() for t in inputs])
+
+
+@fused
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, False, True)])
+def test_add_opcheck(trained: tuple[bool, ...]) -> None:
+    inputs, (grad, grad_sum) = make_add_inputs((4, 7, 24), torch.bfloat16)
+    args = [t.requires_grad_(need) for t, need in zip(inputs, trained, strict=True)]
+    torch.library.opcheck(torch.ops.megamm.rms_norm_add.default, (*args, EPS))
+    rstd = torch.rand(4, 7) + 0.1
+    for other in (grad_sum, None):
+        saved = (grad, other, inputs[0].detach(), inputs[2].detach(), rstd, trained[0], trained[2])
+        torch.library.opcheck(torch.ops.megamm.rms_norm_add_backward.default, saved)
+
+
+def test_add_is_independent_of_threads() -> None:
+    norms.assert_independent_of_threads(added, *make_add_inputs((3000, 65), torch.float32))
+
+
+def test_add_refuses_a_residual_unlike_x() -> None:
+    with pytest.raises(ValueError, match=r"residual is torch.float32 \[4, 1\]"):
+        rms_norm_add(torch.randn(4, 8), torch.randn(4, 1), torch.ones(8), EPS)
+
+
+@pytest.mark.gpu
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", norms.CUDA_SHAPES)
+def test_cuda_add_matches_the_definition(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    inputs, grads = make_add_inputs(shape, dtype, "cuda")
+    norms.assert_matches(added, partial(add_definition, dtype), inputs, grads)

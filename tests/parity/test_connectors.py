@@ -19,6 +19,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from megamm.engine.groups import Groups
 from tests.dist.tiny import tiny_recipe
 from tests.one_process import build
+from tests.segments import dense_mask, segments
 
 TOLERANCE = 1e-5  # of the largest element of a tensor
 NUM_HEADS, WIDTH, HIDDEN = 4, 48, 64  # of the tiny models
@@ -246,12 +247,11 @@ def test_gated_block(qk_norm: bool, vector_gates: bool, layout: Groups) -> None:
     recipe = tiny_recipe("idefics", {**overrides, "model.language.norm_eps": 1e-3})
     ours = build(recipe, layout).language.decoder.layers[2].gated_cross_attention
     theirs = IdeficsGatedCrossAttentionLayer(idefics(qk_norm, vector_gates), layer_idx=0)
-    mask = torch.rand(2, 1, 7, 6) > 0.5
-    mask[0, :, :3] = False  # positions that see no image
-    mask[:, :, 3:, 0] = True
+    seen = segments([[0, 0, 0, 1, 1, 3, 3], [1, 2, 2, 2, 3, 3, 3]], num_images=3, num_latents=2)
+    mask = dense_mask(seen)  # of three positions that see no image
 
     def run_ours(x: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
-        return ours(x.transpose(0, 1), media.transpose(0, 1), mask).transpose(0, 1)
+        return ours(x.transpose(0, 1), media.transpose(0, 1), seen).transpose(0, 1)
 
     def run_theirs(x: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

@@ -17,17 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from megamm.config import VisionConfig
 from megamm.models.vision.rotary import Rotation, patch_rotation, rotate_patches
+from megamm.ops.layer_norm import LayerNorm
+from megamm.ops.swiglu import swiglu
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
-
-
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * value of [..., 2 F], the gates first (Shazeer 2020)."""
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -39,7 +35,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def _norm(config: VisionConfig, present: bool = True, size: Optional[int] = None) -> nn.Module:
     """LayerNorm over `size` (the width unless given), or nothing."""
-    return nn.LayerNorm(size or config.width, eps=config.norm_eps) if present else nn.Identity()
+    return LayerNorm(size or config.width, eps=config.norm_eps) if present else nn.Identity()
 
 
 class Attention(nn.Module):

@@ -1,0 +1,43 @@
+"""Self-attention whose queries and keys are turned by megamm's op, as they are split."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+
+from megamm.ops.rope import rope_qkv
+
+
+class RotarySelfAttention(SelfAttention):
+    """megatron's, but `rotary_pos_emb` is a table of cosines and sines with a row for each position."""
+
+    _table: Optional[torch.Tensor] = None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
+        rotary_pos_emb: Optional[torch.Tensor] = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """[S, B, H] to [S, B, H] and the bias that is still to be added; the table is [S, head_dim]."""
+        self._table = rotary_pos_emb
+        found: tuple[torch.Tensor, Optional[torch.Tensor]]
+        found = super().forward(hidden_states, attention_mask, rotary_pos_emb=None, **kwargs)
+        self._table = None
+        return found
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values: [S, B, heads, head_dim], of this rank's heads."""
+        qkv, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        assert self._table is not None
+        query, key, value = rope_qkv(qkv, self.hidden_size_per_attention_head, self._table)
+        num_heads = self.num_attention_heads_per_partition
+        if query.shape[2] > num_heads:  # fewer groups than ranks: some ranks share one and its queries
+            ranks = query.shape[2] // num_heads
+            query = query.chunk(ranks, dim=2)[self.pg_collection.tp.rank() % ranks]
+        return query, key, value

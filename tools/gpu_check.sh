@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Builds the fused operators for the GPU at hand, runs the tests that need one, and measures.
+#
+#   bash tools/gpu_check.sh [FOLDER]      about five minutes; results go to FOLDER (default gpu_check/)
+#
+# PYTHON names the interpreter (default: that of .venv, else python3); it needs torch with CUDA, megamm's
+# dependencies and pytest. Each step has a time limit, a failed one does not stop the next; the exit code is 1
+# if any failed.
+set -eu
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=${1:-gpu_check}
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  python=python3
+  if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+fi
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+failed=()
+step() { # step NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  if timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1; then
+    printf 'ok      %3d s  %s\n' $((SECONDS - start)) "$name"
+  else
+    printf 'FAILED  %3d s  %s: %s\n' $((SECONDS - start)) "$name" "$(tail -n 1 "$out/$name.log")" >&2
+    failed+=("$name")
+  fi
+}
+
+capability=$("$python" -c '
+import torch
+if torch.cuda.is_available():
+    print("%d.%d" % torch.cuda.get_device_capability())
+') || capability=
+if [ -z "$capability" ]; then
+  echo "tools/gpu_check.sh: $python sees no GPU; run it where torch.cuda.is_available() is true" >&2
+  exit 2
+fi
+if [ "$capability" = 9.0 ]; then capability=9.0a; fi
+
+"$python" -c '
+import torch
+print(torch.cuda.get_device_name(), "| torch", torch.__version__, "| CUDA", torch.version.cuda)
+' | tee "$out/machine.txt"
+step build 300 env MEGAMM_BUILD_EXT=1 TORCH_CUDA_ARCH_LIST="$capability" MAX_JOBS="$(nproc)" \
+  "$python" setup.py build_ext --inplace
+step loads 60 "$python" -c '
+import torch
+from megamm import ops
+assert ops.extension_built(), ops.extension_status()
+assert "cuda" in ops.fused_devices("rms_norm"), "the extension was built without its CUDA half"
+'
+step tests 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+step ops 200 "$python" tools/benchmark/ops.py --device cuda --picture "$out/ops.png"
+cat "$out/ops.log"
+
+if ((${#failed[@]})); then
+  printf 'tools/gpu_check.sh: failed: %s (logs are in %s)\n' "${failed[*]}" "$out" >&2
+  exit 1
+fi
