@@ -51,7 +51,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """torch's module, on the fused operator in 16 bits (in which torch's kernels for CPUs sum the gradients of
+    """torch's module, on the fused operator in 16 bits (in which torch's CPU kernels sum the gradients of
     weight and bias). In fp32 it stays torch's, whose rounding the models of other libraries share."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
