@@ -34,7 +34,6 @@ class _Plan(NamedTuple):
     wants_hidden: bool
     wants_weight: bool
     sum_hidden: bool
-    into_main_grad: bool
 
 
 class _Chunk(NamedTuple):
@@ -52,7 +51,6 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     group: Optional[dist.ProcessGroup] = None,
     sum_hidden_gradient: bool = True,
-    into_main_grad: bool = False,
     chunk_bytes: Optional[int] = None,
 ) -> torch.Tensor:
     """cross_entropy(hidden @ weight.T, labels), without the logits of all rows, only for rows with a label.
@@ -69,8 +67,6 @@ def linear_cross_entropy(
             ranks.
         sum_hidden_gradient: add up the gradient of hidden over `group`. False where what precedes does it, as
             the gather of sequence-parallel shards does.
-        into_main_grad: add the gradient of the weight to weight.main_grad and set grad_added_to_main_grad, as
-            megatron-core's gradient accumulation fusion does, instead of returning it.
         chunk_bytes: logits that may exist at a time; None: 128 MiB on the CPU, 256 MiB on a GPU.
 
     Returns:
@@ -92,7 +88,6 @@ def linear_cross_entropy(
         wants_hidden=graph and hidden.requires_grad,
         wants_weight=graph and weight.requires_grad,
         sum_hidden=sum_hidden_gradient and group is not None and group.size() > 1,
-        into_main_grad=into_main_grad,
     )
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     losses: torch.Tensor = _LinearCrossEntropy.apply(rows, weight, labels.reshape(-1), plan)
@@ -150,7 +145,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for pending in sums:
             pending.wait()
         ctx.plan, ctx.hidden_shape = plan, hidden.shape
-        ctx.weight = weight  # the parameter itself, which may carry main_grad
         if grad_weight is None:
             ctx.save_for_backward(places, grad_hidden)
         else:
@@ -241,7 +235,7 @@ def _weight_gradient(
     weight: torch.Tensor,
     labels: torch.Tensor,
     statistics: torch.Tensor,
-) -> Optional[torch.Tensor]:
+) -> torch.Tensor:
     """The sum over all rows, `total`, with the weights that the rows have turned out to have."""
     plan = ctx.plan
     scale = _common_value(row_weights)
@@ -253,8 +247,6 @@ def _weight_gradient(
             overwrite_with_gradient(logits, chunk_labels, found, weights, plan.vocabulary)
             grad_weight.add(logits, chunk_hidden)
         total = grad_weight.total()
-    if plan.into_main_grad:
-        return _into_main_grad(ctx.weight, total, scale)
     if scale != 1.0:
         total.mul_(scale)
     return total.to(weight.dtype)
@@ -266,12 +258,3 @@ def _common_value(row_weights: torch.Tensor) -> Optional[float]:
         return 1.0
     smallest, largest = torch.stack(row_weights.aminmax()).tolist()
     return smallest if smallest == largest else None
-
-
-def _into_main_grad(weight: Any, total: torch.Tensor, scale: float) -> Optional[torch.Tensor]:
-    weight.main_grad.add_(total, alpha=scale)
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    # megatron's hook on the parameter must run, and looks for a gradient; its values are not read
-    return torch.empty_like(weight)

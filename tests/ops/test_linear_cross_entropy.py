@@ -9,7 +9,6 @@ from typing import Any, Optional
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -219,25 +218,6 @@ def test_weight_is_scaled_and_not_recomputed_where_rows_count_the_same(
     assert len(calls) == 1
     run(linear_cross_entropy, inputs, torch.rand(40))
     assert len(calls) == 3
-
-
-@pytest.mark.parametrize("uniform", [True, False])
-def test_gradient_into_main_grad(uniform: bool) -> None:
-    """As megatron's hook expects it: added in fp32, marked, and a gradient whose values are not read."""
-    hidden, weight, labels = make_inputs(40, 8, 50, 50, 0.3, torch.bfloat16)
-    grad = weights_of_rows(40, uniform)
-    more = {"chunk_bytes": chunks_of(9, (hidden, weight, labels))}
-    want = run(linear_cross_entropy, (hidden, weight, labels), grad, **more)[2].float()
-    parameter: Any = nn.Parameter(weight)
-    parameter.main_grad = torch.ones(50, 8)
-    for marked in (False, True):
-        if marked:
-            parameter.grad_added_to_main_grad = False
-        losses = linear_cross_entropy(hidden, parameter, labels, into_main_grad=True, **more)
-        losses.backward(grad)
-        assert (parameter.grad is not None) == marked
-    assert parameter.grad_added_to_main_grad
-    torch.testing.assert_close(parameter.main_grad, 1 + 2 * want, rtol=2**-7, atol=2**-7)
 
 
 def test_wrong_shapes_and_dtypes_are_refused() -> None:
