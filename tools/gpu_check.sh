@@ -54,8 +54,11 @@ assert ops.extension_built(), ops.extension_status()
 assert "cuda" in ops.fused_devices("rms_norm"), "the extension was built without its CUDA half"
 '
 step tests 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
-step ops 200 "$python" tools/benchmark/ops.py --device cuda --picture "$out/ops.png"
-cat "$out/ops.log"
+picture=()
+if "$python" -c 'import matplotlib' 2>/dev/null; then picture=(--picture "$out/ops.png"); fi
+step ops 200 "$python" tools/benchmark/ops.py --device cuda "${picture[@]}"
+step many_tensors 60 "$python" tools/benchmark/many_tensors.py --device cuda
+cat "$out/ops.log" "$out/many_tensors.log"
 
 if ((${#failed[@]})); then
   printf 'tools/gpu_check.sh: failed: %s (logs are in %s)\n' "${failed[*]}" "$out" >&2

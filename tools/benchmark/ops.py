@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import math
 import os
 import platform
@@ -232,6 +233,8 @@ def main() -> None:
     )
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib (pip install matplotlib)")
     torch.manual_seed(0)
     keep_freed_memory()
     dtypes = (args.dtypes or ("fp32,bf16" if args.device == "cpu" else "bf16")).split(",")
