@@ -193,23 +193,23 @@ def draw(results: list[Result], path: Path, machine: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [f"{r.case.name}\n{r.case.shape} {r.dtype}" for r in results]
+    names = [f"{r.case.name}, {r.case.shape}, {r.dtype}" for r in results]
     sides = list(dict.fromkeys(row.side for r in results for row in r.rows if row.side != EAGER))
-    figure, axes = plt.subplots(figsize=(1.1 * len(names) + 2, 4.2))
-    width = 0.8 / max(1, len(sides))
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.2))
+    height = 0.8 / max(1, len(sides))
     for number, side in enumerate(sides):
-        heights = [
-            next((r.of(EAGER).both / row.both for row in r.rows if row.side == side), 0.0) for r in results
-        ]
-        places = [index + (number - (len(sides) - 1) / 2) * width for index in range(len(names))]
-        axes.bar(places, heights, width, label=side)
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.set_ylabel("times as fast as eager torch\n(forward + backward)")
-    axes.set_title(machine, fontsize=8)
+        rows = [(index, r, row) for index, r in enumerate(results) for row in r.rows if row.side == side]
+        found = [(index, r.of(EAGER).both / row.both) for index, r, row in rows]
+        places = [index + (number - (len(sides) - 1) / 2) * height for index, _ in found]
+        axes.barh(places, [ratio for _, ratio in found], height, label=side)
+    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as eager torch, forward and backward together")
+    axes.set_title(machine, fontsize=9)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def machine_name(device: str) -> str:
