@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the fused operators for the GPU at hand, runs the tests that need one, and measures.
 #
-#   bash tools/gpu_check.sh [FOLDER]      about five minutes; results go to FOLDER (default gpu_check/)
+#   bash tools/gpu_check.sh [FOLDER]      at most ten minutes; results go to FOLDER (default gpu_check/)
 #
 # PYTHON names the interpreter (default: that of .venv, else python3); it needs torch with CUDA, megamm's
 # dependencies and pytest. Each step has a time limit, a failed one does not stop the next; the exit code is 1
@@ -45,18 +45,18 @@ if [ "$capability" = 9.0 ]; then capability=9.0a; fi
 import torch
 print(torch.cuda.get_device_name(), "| torch", torch.__version__, "| CUDA", torch.version.cuda)
 ' | tee "$out/machine.txt"
-step build 300 env MEGAMM_BUILD_EXT=1 TORCH_CUDA_ARCH_LIST="$capability" MAX_JOBS="$(nproc)" \
+step build 180 env MEGAMM_BUILD_EXT=1 TORCH_CUDA_ARCH_LIST="$capability" MAX_JOBS="$(nproc)" \
   "$python" setup.py build_ext --inplace
-step loads 60 "$python" -c '
+step loads 30 "$python" -c '
 import torch
 from megamm import ops
 assert ops.extension_built(), ops.extension_status()
 assert "cuda" in ops.fused_devices("rms_norm"), "the extension was built without its CUDA half"
 '
-step tests 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+step tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 picture=()
 if "$python" -c 'import matplotlib' 2>/dev/null; then picture=(--picture "$out/ops.png"); fi
-step ops 200 "$python" tools/benchmark/ops.py --device cuda "${picture[@]}"
+step ops 180 "$python" tools/benchmark/ops.py --device cuda --rounds 4 "${picture[@]}"
 step many_tensors 60 "$python" tools/benchmark/many_tensors.py --device cuda
 cat "$out/ops.log" "$out/many_tensors.log"
 

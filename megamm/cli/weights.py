@@ -25,6 +25,22 @@ def add_parsers(commands: Any) -> None:
         allow_abbrev=False,
     )
     directions = convert.add_subparsers(dest="direction", metavar="DIRECTION", required=True)
+    _add_import(directions)
+    _add_export(directions)
+    _add_comparison(directions)
+    verify_parser = add_command(
+        commands,
+        "verify",
+        verify,
+        "check every byte of a checkpoint against its manifest",
+        "megamm verify runs/llava/checkpoints/step_00000500",
+    )
+    verify_parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint or run directory (its newest checkpoint)"
+    )
+
+
+def _add_import(directions: Any) -> None:
     importing = add_command(
         directions,
         "import",
@@ -55,6 +71,9 @@ def add_parsers(commands: Any) -> None:
             metavar="N",
             help=f"{meaning} parallel size that the checkpoint's recipe names (any layout can load it)",
         )
+
+
+def _add_export(directions: Any) -> None:
     exporting = add_command(
         directions,
         "export",
@@ -74,6 +93,9 @@ def add_parsers(commands: Any) -> None:
         action="store_true",
         help="add adapters to the weights that they adapt, also if the format has a place for them",
     )
+
+
+def _add_comparison(directions: Any) -> None:
     comparing = add_command(
         directions,
         "verify",
@@ -93,16 +115,6 @@ def add_parsers(commands: Any) -> None:
         default=DEFAULT_TOLERANCE,
         metavar="X",
         help=f"largest difference of logits, as a share of the largest logit (default {DEFAULT_TOLERANCE:g})",
-    )
-    verify_parser = add_command(
-        commands,
-        "verify",
-        verify,
-        "check every byte of a checkpoint against its manifest",
-        "megamm verify runs/llava/checkpoints/step_00000500",
-    )
-    verify_parser.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="checkpoint or run directory (its newest checkpoint)"
     )
 
 

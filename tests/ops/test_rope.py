@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from megamm import ops
 from megamm.ops.rope import rope, rope_qkv, rope_qkv_ref, rope_ref, rope_table
+from tests.ops.norms import assert_kernel_compiles
 
 ROOT = Path(__file__).resolve().parents[2]
 # Largest error, relative to the largest element of the head (absolute below 1: gradients cancel).
@@ -331,6 +331,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "megamm._C" else 
 from megamm import ops
 assert not ops.extension_built(), ops.extension_status()
 from megamm.ops.rope import rope, rope_qkv
+from tests.ops.norms import assert_kernel_compiles
 inputs = torch.load(sys.argv[1])
 qkv = inputs["qkv"].requires_grad_()
 q, k, v = rope_qkv(qkv, 8, inputs["table"])
@@ -364,14 +365,7 @@ def test_fallback_gives_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.timeout(600)
 def test_cuda_kernel_compiles(arch: str, tmp_path: Path) -> None:
-    """With plain nvcc and no torch header; warnings are errors, and no register is spilled."""
-    target = tmp_path / f"rope_{arch}.o"
-    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "csrc/rope/kernel.cu", "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    assert len(spills) >= 6 and set(spills) == {("0", "0")}, done.stderr
+    assert_kernel_compiles("rope", arch, tmp_path, kernels=6)
 
 
 @pytest.mark.gpu
