@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.data import indexed
 from megamm.data.conversation import Conversation
-from megamm.data.formats import reader
+from megamm.data.formats import Format, make_format
 from megamm.data.image_store import Container, describe, index_tar, safe_name
 from megamm.data.manifest import Manifest, describe_files, file_sha256
 from megamm.data.prepare_workers import Chunk, Entry, Rendered, rendered_chunks
@@ -25,8 +25,6 @@ from megamm.data.prepare_writer import DatasetWriter
 from megamm.data.templates import Template
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, RunError
-
-CHUNK_ENTRIES = 256
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def prepare(
     out = Path(out)
     if workers < 1:
         raise InputError(f"workers: is {workers}; give 1 or more")
-    read, words = reader(format), Template.by_name(template)
+    read, words = make_format(format), Template.by_name(template)
     vocabulary = Tokenizer.load(tokenizer)
     sources = _existing(sources)
     containers = [describe(path) for path in images] or _beside(sources)
@@ -120,11 +118,10 @@ def train_tokenizer_from_sources(
     Raises:
         InputError: wrong sources, or a vocabulary that does not fit them.
     """
-    read, words = reader(format), Template.by_name(template)
+    read, words = make_format(format), Template.by_name(template)
     texts = (
         segment.text
-        for source in _existing(sources)
-        for conversation in read(source)
+        for conversation in read.conversations(_existing(sources))
         for segment in words.segments(conversation.turns)
     )
     return train_tokenizer(texts, out, vocab_size)
@@ -152,19 +149,15 @@ class _Places:
         return found
 
 
-def _chunks(
-    read: Callable[[Path], Iterator[Conversation]], sources: list[Path], places: _Places
-) -> Iterator[Chunk]:
+def _chunks(read: Format, sources: list[Path], places: _Places) -> Iterator[Chunk]:
     """Entries of all sources, by CHUNK_ENTRIES."""
-    chunk: Chunk = []
-    for number, source in enumerate(sources):
-        for conversation in read(source):
-            candidates = [places.candidates(name, number) for name in conversation.images]
-            chunk.append(Entry(str(source), conversation, candidates))
-            if len(chunk) == CHUNK_ENTRIES:
-                yield chunk
-                chunk = []
-    if chunk:
+    for piece in read.chunks(sources):
+        chunk: Chunk = []
+        for conversation in read.read(piece):
+            if isinstance(conversation, Conversation):
+                names = [name for name in conversation.images if isinstance(name, str)]
+                candidates = [places.candidates(name, piece.source_number) for name in names]
+                chunk.append(Entry(piece.source, conversation, candidates))
         yield chunk
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megamm.config import ImageConfig
-from megamm.data.conversation import Conversation
+from megamm.data.conversation import Conversation, ImageRef
 from megamm.data.image_header import ImageError, read_header
 from megamm.data.image_store import Container, ImageStore, Location
 from megamm.data.templates import Template
@@ -95,8 +95,8 @@ class Renderer:
                 return None
         return found
 
-    def _look(self, name: str, candidates: list[tuple[int, int, int]]) -> ImageEntry:
-        location = self._locate(name, candidates)
+    def _look(self, name: ImageRef, candidates: list[tuple[int, int, int]]) -> ImageEntry:
+        location = self._locate(str(name), candidates)
         data = self.store.read(location)
         # The limit of the default recipe: a picture beyond it is refused here rather than in every epoch.
         header = read_header(data, ImageConfig().max_pixels)

@@ -15,9 +15,9 @@ from megamm.errors import InputError
 
 
 class Turn(NamedTuple):
-    """One utterance; its text may contain `<image>` placeholders."""
+    """One utterance, or a whole document; its text may contain `<image>` placeholders."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "document"]
     text: str
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.data.formats import llava
+from megamm.data.formats import make_format
 from megamm.data.json_entries import iter_entries
 from megamm.data.templates import Turn
 from megamm.data.tokenizer import IMAGE_TOKEN
@@ -62,7 +62,9 @@ def read_questions(data: list[Path], images: Path | None) -> list[Question]:
 
 
 def _of_file(path: Path, root: Path) -> Iterator[Question]:
-    for conversation, entry in zip(llava.read(path), iter_entries(path), strict=True):
+    for conversation, entry in zip(
+        make_format("llava").conversations([path]), iter_entries(path), strict=True
+    ):
         kind = entry.get("kind")
         if kind is not None and not isinstance(kind, str):
             raise InputError(f'{path}: entry {conversation.key!r}: "kind" is {kind!r}; give it as text')
@@ -71,5 +73,5 @@ def _of_file(path: Path, root: Path) -> Iterator[Question]:
             asked = turns[: 2 * number + 1]
             num_images = sum(turn.text.count(IMAGE_TOKEN) for turn in asked)
             name = conversation.key if pairs == 1 else f"{conversation.key}#{number + 1}"
-            shown = [root / image for image in conversation.images[:num_images]]
+            shown = [root / str(image) for image in conversation.images[:num_images]]
             yield Question(name, asked, shown, turns[2 * number + 1].text, kind)

@@ -1,19 +1,18 @@
-"""Readers of the layouts in which conversations come, one file per layout."""
+"""Readers of the layouts in which training data come, one file per layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-from megamm.data.conversation import Conversation
-from megamm.data.formats import llava
+from megamm.data.formats.base import Chunk, Format, FormatOptions
+from megamm.data.formats.llava import Llava
 from megamm.errors import InputError
 
-READERS: dict[str, Callable[[Path], Iterator[Conversation]]] = {"llava": llava.read}
+__all__ = ["FORMATS", "Chunk", "Format", "FormatOptions", "make_format"]
+
+FORMATS: dict[str, type[Format]] = {"llava": Llava}
 
 
-def reader(name: str) -> Callable[[Path], Iterator[Conversation]]:
-    """The function that reads conversations from a file of format `name`; InputError if unknown."""
-    if name not in READERS:
-        raise InputError(f"format: there is no {name!r}; choose one of {', '.join(READERS)}")
-    return READERS[name]
+def make_format(name: str, options: FormatOptions = FormatOptions()) -> Format:  # noqa: B008 (frozen)
+    """The format `name`; InputError if there is none."""
+    if name not in FORMATS:
+        raise InputError(f"format: there is no {name!r}; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name](options)

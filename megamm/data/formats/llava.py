@@ -6,11 +6,12 @@ A JSON list, or JSON lines, of {"id", "image" (optional: a path, or a list of pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamm.data.conversation import Conversation
+from megamm.data.conversation import Conversation, ImageRef
+from megamm.data.formats.base import CHUNK_ENTRIES, Chunk, Format
 from megamm.data.json_entries import iter_entries
 from megamm.data.templates import Turn
 from megamm.data.tokenizer import IMAGE_TOKEN
@@ -19,25 +20,37 @@ from megamm.errors import InputError
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read(path: Path) -> Iterator[Conversation]:
-    """The conversations of a file, checked, in its order.
+class Llava(Format):
+    """LLaVA's conversations.
 
     An answer before the first question and a question after the last answer teach nothing and are
     dropped, as LLaVA does with the former.
-
-    Raises:
-        InputError: names file, entry and what is wrong with it.
     """
-    empty = True
-    for position, entry in enumerate(iter_entries(path)):
-        empty = False
-        where = f"{path}: entry {position + 1}"
-        if not isinstance(entry, dict):
-            raise InputError(f"{where}: is no JSON object; give a list of conversations in LLaVA's format")
-        key = str(entry.get("id", position))
-        yield _conversation(entry, key, position, f"{where} (id {key!r})")
-    if empty:
-        raise InputError(f"{path}: holds no entries; give a list of conversations in LLaVA's format")
+
+    def chunks(self, sources: Sequence[Path]) -> Iterator[Chunk]:
+        for number, path in enumerate(sources):
+            entries: list[Any] = []
+            first = 0
+            for entry in iter_entries(path):
+                entries.append(entry)
+                if len(entries) == CHUNK_ENTRIES:
+                    yield Chunk(str(path), number, (first, entries))
+                    first, entries = first + len(entries), []
+            if not first and not entries:
+                raise InputError(f"{path}: holds no entries; give a list of conversations in LLaVA's format")
+            if entries:
+                yield Chunk(str(path), number, (first, entries))
+
+    def read(self, chunk: Chunk) -> Iterator[Conversation]:
+        first, entries = chunk.payload
+        for position, entry in enumerate(entries, start=first):
+            where = f"{chunk.source}: entry {position + 1}"
+            if not isinstance(entry, dict):
+                raise InputError(
+                    f"{where}: is no JSON object; give a list of conversations in LLaVA's format"
+                )
+            key = str(entry.get("id", position))
+            yield _conversation(entry, key, position, f"{where} (id {key!r})")
 
 
 def _conversation(entry: dict[str, Any], key: str, position: int, where: str) -> Conversation:
@@ -54,7 +67,7 @@ def _conversation(entry: dict[str, Any], key: str, position: int, where: str) ->
     return Conversation(key, position, images, turns)
 
 
-def _images(value: Any, where: str) -> list[str]:
+def _images(value: Any, where: str) -> list[ImageRef]:
     images = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     for name in images:
         if not isinstance(name, str) or not name or not _encodable(name):

@@ -1,0 +1,198 @@
+"""One micro-batch from the places that the plan gives it: a pure function of plan, dataset and recipe.
+
+`indexed` reads the tokens of each sample -> `assemble` makes documents -> their images are read and decoded
+together -> a sample with a bad image is replaced -> batch. Nothing here remembers what came before, so
+any process may make any micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megamm.batch import Batch
+from megamm.config import Recipe
+from megamm.data.assemble import Assembler, Document
+from megamm.data.images import ImageError, make_image_loader
+from megamm.data.indexed import PreparedDataset
+from megamm.data.order import hashed, substitute_at
+from megamm.data.step_plan import Place, StepPlanner
+from megamm.errors import InputError, RunError
+
+MAX_ATTEMPTS = 32  # replacements of one sample; so many bad ones in a row mean that the images are gone
+MAX_DRAWS = 64  # substitutes that are looked at for one that need not be cut to fit a place in a packed row
+
+
+class BadImage(NamedTuple):
+    """An image that could not be used: its record, whose it is, where in the order, and why."""
+
+    image: int
+    sample: int
+    global_index: int
+    reason: str
+
+
+class Made(NamedTuple):
+    """A micro-batch and what happened while it was made.
+
+    Attributes:
+        truncated, without_loss: documents that were cut, that have no position with loss.
+        dropped_images: images that truncation took.
+    """
+
+    batch: Batch
+    bad_images: list[BadImage]
+    truncated: int
+    without_loss: int
+    dropped_images: int
+
+
+class BatchMaker:
+    """Makes micro-batches of a recipe over a dataset.
+
+    A sample with an unreadable image is replaced after planning, so the plan of a step never changes. In a
+    packed row the substitute has the place of that sample: of the next MAX_DRAWS substitutes, the first
+    that fits into it whole, or else the first, cut (none that has turned out bad already).
+
+    Attributes:
+        image_loader: the one in use.
+    """
+
+    def __init__(self, dataset: PreparedDataset, planner: StepPlanner, assembler: Assembler, recipe: Recipe):
+        self.dataset, self.recipe = dataset, recipe
+        self._planner, self._assembler = planner, assembler
+        self.image_loader = make_image_loader(
+            recipe.data.image, recipe.model.vision.image_size, training=True
+        )
+        self._readers = ThreadPoolExecutor(max(1, recipe.data.image.num_workers))
+
+    def make(self, places: Sequence[Place]) -> Made:
+        """The micro-batch of `places`.
+
+        Raises:
+            InputError: the dataset is damaged.
+            RunError: too many samples in a row have unreadable images.
+        """
+        slots = [self._slot(place, place.sample, draw=0) for place in places]
+        todo, replaced = slots, 0
+        bad_images: list[BadImage] = []
+        while todo:
+            bad_images += self._load_images(todo)
+            todo = [slot for slot in todo if slot.bad]
+            replaced += sum(slot.draw == 0 for slot in todo)
+            for slot in todo:
+                self._replace(slot, bad_images[-1])
+        recipe, data = self.recipe, self.recipe.data
+        documents = [slot.document for slot in slots]
+        batch = self._assembler.batch(
+            documents,
+            data.sequence_length * (recipe.training.micro_batch_size if data.pack else 1),
+            data.pack,
+            [image for slot in slots for image in slot.images],
+            recipe.model.vision.image_size,
+            [slot.sample for slot in slots],
+            replaced,
+        )
+        return Made(
+            batch,
+            bad_images,
+            truncated=sum(document.truncated for document in documents),
+            without_loss=sum(not document.learnt for document in documents),
+            dropped_images=sum(document.num_dropped_images for document in documents),
+        )
+
+    def close(self) -> None:
+        """Stop readers and decoders."""
+        self._readers.shutdown()
+        self.image_loader.close()
+
+    def _slot(self, place: Place, sample: int, draw: int) -> _Slot:
+        stored = self.dataset[sample]
+        document = self._assembler.document(stored.tokens, stored.learnt, place.length, place.images)
+        if document.num_images + document.num_dropped_images != len(stored.images):
+            raise InputError(
+                f"{self.dataset.directory}: sample {sample} has other images than placeholders; "
+                "the dataset is damaged, run `megamm prepare` again"
+            )
+        return _Slot(place, sample, draw, document, stored.images[: document.num_images])
+
+    def _load_images(self, slots: Sequence[_Slot]) -> list[BadImage]:
+        """Read and decode the images of `slots`; a slot is `bad` if any of its images is. The bad ones."""
+        bad_images = []
+        jobs = [(slot, place) for slot in slots for place in range(len(slot.records))]
+        read = list(self._readers.map(lambda job: self._read(job[0].records[job[1]]), jobs))
+        decoded = iter(
+            self.image_loader.load(
+                [data for data in read if isinstance(data, bytes)],
+                [
+                    self._key(slot, place)
+                    for (slot, place), data in zip(jobs, read, strict=True)
+                    if isinstance(data, bytes)
+                ],
+            )
+        )
+        for slot in slots:
+            slot.images, slot.bad = [], False
+        for (slot, place), data in zip(jobs, read, strict=True):
+            result = next(decoded) if isinstance(data, bytes) else data
+            if isinstance(result, torch.Tensor):
+                slot.images.append(result)
+            else:
+                slot.bad = True
+                bad_images.append(BadImage(slot.records[place], slot.sample, slot.place.index, str(result)))
+        return bad_images
+
+    def _key(self, slot: _Slot, number: int) -> int:
+        """What decides the augmentation of an image: its place in the training order."""
+        return hashed(self.recipe.seed, self.recipe.stage, "image", slot.place.index, slot.draw, number)
+
+    def _read(self, image: int) -> bytes | ImageError:
+        try:
+            return self.dataset.read_image(image)
+        except ImageError as error:
+            return error
+
+    def _replace(self, slot: _Slot, last: BadImage) -> None:
+        """Give the slot another sample, drawn from its place in the order alone."""
+        if len(slot.tried) == MAX_ATTEMPTS:
+            raise RunError(
+                f"{self.dataset.directory}: {MAX_ATTEMPTS} samples in a row have unreadable images; "
+                f"check the images, the last one: {self.dataset.location(last.image).name} {last.reason}"
+            )
+        slot.tried.append(slot.sample)
+        draw, sample = self._substitute(slot)
+        other = self._slot(slot.place, sample, draw)
+        slot.sample, slot.draw, slot.document, slot.records = sample, draw, other.document, other.records
+
+    def _substitute(self, slot: _Slot) -> tuple[int, int]:
+        """(number of the draw, sample) of the next substitute."""
+        recipe, place, size = self.recipe, slot.place, len(self.dataset)
+        draws = range(slot.draw + 1, slot.draw + 1 + MAX_DRAWS)
+        samples = np.array(
+            [substitute_at(recipe.seed, recipe.stage, place.index, draw, size) for draw in draws]
+        )
+        lengths, images = self._planner.needs(samples)
+        fits = (lengths <= place.length) & (images <= place.images)
+        untried = ~np.isin(samples, slot.tried)
+        chosen = int(np.where(untried, 1 + fits, 0).argmax())  # of those that rank highest, the first
+        return draws[chosen], int(samples[chosen])
+
+
+@dataclass
+class _Slot:
+    """A place and the sample that fills it: its own or, at draw 1, 2, ..., a substitute. `tried` are those
+    before, which were bad."""
+
+    place: Place
+    sample: int
+    draw: int
+    document: Document
+    records: range
+    images: list[torch.Tensor] = field(default_factory=list)
+    bad: bool = False
+    tried: list[int] = field(default_factory=list)
