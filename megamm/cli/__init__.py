@@ -1,11 +1,12 @@
 """The command line: `megamm SUBCOMMAND`, also `python -m megamm`.
 
-entry.py    parser, errors to one sentence on stderr, exit codes
-train.py    train
-data.py     prepare, prepare tokenizer
-weights.py  convert import, convert export, verify
-answers.py  generate, evaluate
-doctor.py   doctor
+entry.py      parser, errors to one sentence on stderr, exit codes
+train.py      train
+data.py       prepare
+tokenizer.py  prepare tokenizer
+weights.py    convert import, convert export, verify
+answers.py    generate, evaluate
+doctor.py     doctor
 
 Importing this package imports nothing heavy: every command imports what it runs when it runs.
 """

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megamm.cli.common import add_command, positive
+from megamm.config import TemplateName
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the subcommands."""
+    """Add the subcommand."""
     parser = add_command(
         commands,
         "prepare",
         prepare,
-        "tokenize conversations and index their pictures ('megamm prepare tokenizer' trains a tokenizer)",
+        "tokenize conversations and index their pictures ('megamm prepare tokenizer' makes a tokenizer)",
         "megamm prepare llava_665k.json --format llava --images data/ --tokenizer vicuna/tokenizer.model"
         " --out data/llava_665k",
     )
@@ -25,7 +26,7 @@ def add_parsers(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="T",
-        help="tokenizer directory or SentencePiece model",
+        help="tokenizer directory, SentencePiece model or tokenizer.json",
     )
     parser.add_argument(
         "--images",
@@ -36,25 +37,16 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
 
-    tokenizer = add_command(
-        commands,
-        "prepare tokenizer",
-        train_tokenizer,
-        "train a SentencePiece tokenizer on the text of conversations",
-        "megamm prepare tokenizer train.json --format llava --vocab-size 512 --out tokenizer",
-    )
-    _add_sources(tokenizer)
-    tokenizer.add_argument(
-        "--vocab-size", type=positive, required=True, metavar="N", help="tokens in all, <image> included"
-    )
-
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="files to read")
     parser.add_argument("--format", choices=("llava",), required=True, help="layout of the sources")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
-        "--template", choices=("vicuna", "plain"), default="vicuna", help="prompt template (default vicuna)"
+        "--template",
+        choices=get_args(TemplateName),
+        default="vicuna",
+        help="prompt template (default vicuna)",
     )
 
 
@@ -72,19 +64,4 @@ def prepare(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     print(report.summary())
-    return 0
-
-
-def train_tokenizer(args: argparse.Namespace) -> int:
-    """Run `megamm prepare tokenizer`."""
-    from megamm.data.prepare import train_tokenizer_from_sources
-
-    tokenizer = train_tokenizer_from_sources(
-        sources=args.sources,
-        format=args.format,
-        out=args.out,
-        vocab_size=args.vocab_size,
-        template=args.template,
-    )
-    print(f"{args.out}: {tokenizer.vocab_size} tokens")
     return 0

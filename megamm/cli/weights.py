@@ -129,7 +129,7 @@ def import_weights(args: argparse.Namespace) -> int:
     written = import_checkpoint(args.sources, args.out, recipe, args.tokenizer, layout, report=print)
     print(f"wrote {written}")
     if not (written / "tokenizer").is_dir():
-        print("note: no tokenizer.model in the sources; to train or to generate, import with --tokenizer")
+        print("note: no tokenizer in the sources; to train or to generate, import with --tokenizer")
     return 0
 
 

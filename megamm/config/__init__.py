@@ -1,7 +1,7 @@
 """The typed form of a recipe: one YAML file per training stage.
 
 Every key of a recipe is a field below; an unknown key is an error. `megamm.recipe` reads, overrides
-and validates recipes; nothing else parses YAML.
+and validates recipes; nothing else parses them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megamm.config.stage import (
     Recipe,
     RecomputeConfig,
     ResumeConfig,
+    TemplateName,
     TrainingConfig,
     UnfreezeConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Recipe",
     "RecomputeConfig",
     "ResumeConfig",
+    "TemplateName",
     "TrainingConfig",
     "UnfreezeConfig",
     "VisionConfig",

@@ -7,6 +7,11 @@ from typing import Literal, Optional
 
 from megamm.config.model import ModelConfig, Part
 
+# Of the templates in megamm/data/presets/templates.yaml.
+TemplateName = Literal[
+    "vicuna", "plain", "llama2_chat", "zephyr", "infimm", "xcomposer", "pair", "interleaved", "text"
+]
+
 
 @dataclass
 class ImageConfig:
@@ -219,7 +224,7 @@ class Recipe:
         stage: of the training ("alignment", "instruct", ...); part of the key of the sample order.
         seed: of weights and sample order.
         run_dir: everything the run writes lies here.
-        tokenizer: a tokenizer directory or a SentencePiece .model file.
+        tokenizer: a tokenizer directory, a SentencePiece .model file or a tokenizer.json.
         template: prompt template for questions at inference; training data carry theirs.
     """
 
@@ -229,7 +234,7 @@ class Recipe:
     model: ModelConfig
     stage: str = "train"
     seed: int = 1
-    template: Literal["plain", "vicuna"] = "vicuna"
+    template: TemplateName = "vicuna"
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

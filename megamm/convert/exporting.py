@@ -23,8 +23,8 @@ from megamm.convert.engine import (
 from megamm.convert.families import exported
 from megamm.convert.family import Export, Target
 from megamm.convert.tables.llama import EMBEDDING
-from megamm.convert.tokenizer import tokenizer_config, tokenizer_json
-from megamm.data.tokenizer import MODEL_FILE, Tokenizer
+from megamm.convert.tokenizer import write_tokenizer
+from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
 from megamm.layers.lora import merged
 from megamm.models.freezing import part_of
@@ -208,12 +208,7 @@ def _write_tokenizer(target: Target, source: Path, has_image_token: bool) -> Tok
             f" {language.vocab_size}; use the tokenizer that the model was trained with"
         )
     has_images &= has_image_token or tokenizer.image_id < tokenizer.vocab_size - 1
-    directory = target.directory
-    tokenizer.save(directory)
-    words = tokenizer_json(tokenizer, directory / MODEL_FILE, has_images)
-    write_json(directory / "tokenizer.json", words)
-    config = tokenizer_config(tokenizer, language.max_positions, has_images)
-    write_json(directory / "tokenizer_config.json", config)
+    write_tokenizer(tokenizer, target.directory, language.max_positions, has_images)
     return tokenizer
 
 

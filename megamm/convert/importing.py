@@ -67,7 +67,7 @@ def import_checkpoint(
         out: the new checkpoint.
         recipe: what the model must be; needed for separate parts, as none says what they are to become.
             Without it the recipe in the checkpoint is made from the sources.
-        tokenizer: a tokenizer directory or SentencePiece model, where the sources have none.
+        tokenizer: a tokenizer directory or file, where the sources have none.
         parallel: layout that the recipe in the checkpoint names; the weights are stored for any.
         report: takes lines about what was left out.
 
@@ -236,7 +236,7 @@ def _tokenizer(
         return None  # its configuration says all that the weights need
     names = ", ".join(str(source.path) for source in opened)
     raise InputError(
-        f"{names}: no tokenizer.model (SentencePiece); copy it there or name one with --tokenizer"
+        f"{names}: no tokenizer.model or tokenizer.json; copy it there or name one with --tokenizer"
     )
 
 

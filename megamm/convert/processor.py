@@ -12,8 +12,8 @@ from megamm.config import ImageConfig, VisionConfig
 from megamm.convert.engine import read_json, write_json
 from megamm.convert.family import Target
 from megamm.convert.fields import Fields
-from megamm.data.templates import Template
-from megamm.data.tokenizer import IMAGE_TOKEN
+from megamm.data.templates import BEGIN, END, Template
+from megamm.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from megamm.errors import InputError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -23,52 +23,83 @@ TOWER_FOLDER = "vision_tower"  # in which `llava_original` describes an encoder 
 LLAVA_FITS = {None: "crop", "square": "crop", "pad": "pad"}
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
-# Over `messages`; what stands in capitals is filled in from a Template. An images' place is the front of
-# its turn, as in training; the tokenizer adds `<s>`.
+# Over `messages`; what stands between guillemets is filled in from a Template, and the tokenizer adds `<s>`.
+# The places of images are those of training: all at the front of their turn, or where they are in its words.
 _CHAT = """\
-{%- macro body(message) -%}
+{%- macro words(message) -%}
 {%- set content = message['content'] -%}
-{%- set ns = namespace(text='', images=0) -%}
-{%- if content is string -%}{%- set ns.text = content -%}
+{%- if content is string -%}{{- content -}}
 {%- else -%}
-{%- for item in content -%}
-{%- if item['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}
-{%- else -%}{%- set ns.text = ns.text + item['text'] -%}{%- endif -%}
-{%- endfor -%}
+{%- for item in content -%}{{- "<image>" if item['type'] == 'image' else item['text'] -}}{%- endfor -%}
 {%- endif -%}
-{%- set images = ns.images + ns.text.count(IMAGE) -%}
-{{- IMAGE_LINE * images + ns.text.replace(IMAGE, '').strip() if images else ns.text -}}
+{%- endmacro -%}
+{%- macro question(message) -%}
+{%- set text = words(message) -%}
+{%- set pieces = text.split("<image>") -%}
+«IMAGES»
 {%- endmacro -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
-{{- body(messages[0]) + SYSTEM_END -}}{%- set turns = messages[1:] -%}
+{%- set system = «BEFORE_MESSAGE» + words(messages[0]) + «AFTER_MESSAGE» -%}{%- set turns = messages[1:] -%}
 {%- else -%}
-{{- SYSTEM -}}{%- set turns = messages -%}
+{%- set system = «SYSTEM» -%}{%- set turns = messages -%}
 {%- endif -%}
 {%- for message in turns -%}
-{%- if message['role'] == 'user' -%}{{- BEFORE_QUESTION + body(message) -}}
-{%- else -%}{{- AFTER_QUESTION + BEFORE_ANSWER + body(message) + AFTER_ANSWER -}}{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{{- («BEFORE_SYSTEM» + system if loop.first else «AGAIN») + «BEFORE_QUESTION» + question(message) -}}
+{%- else -%}
+{{- «AFTER_QUESTION» + «BEFORE_ANSWER» + words(message) + «AFTER_ANSWER» -}}
+{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- AFTER_QUESTION -}}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{- «AFTER_QUESTION» -}}{%- endif -%}"""
+_FRONT = """\
+{{- text if pieces|length == 1 else «IMAGE» * (pieces|length - 1) + pieces|join('')|trim -}}"""
+_WORDS = """\
+{%- for piece in pieces -%}
+{%- if not loop.first -%}{{- «IMAGE» -}}{%- endif -%}
+{{- piece if pieces|length == 1 else piece.rstrip() if loop.first else piece.lstrip() if loop.last
+ else piece|trim -}}
+{%- endfor -%}"""
 
 
-def chat_template(template: Template) -> str | None:
-    """A prompt template in Jinja, or None if it is no template for conversations."""
-    if template.captions:
+def chat_template(template: Template, tokenizer: Tokenizer) -> str | None:
+    """A prompt template in Jinja, or None if it is no template for conversations.
+
+    It renders words as they are: what a user writes like a control token is one for transformers.
+    """
+    if template.takes != "conversation":
         return None
+    opening, before_question, after_question = _pieces(template.question, "system", "question")
+    before_message, after_message = _pieces(template.system, "system")
+    before_answer, after_answer = _pieces(template.answer, "answer")
+    default = template.default_system
     fill = {
-        "IMAGE_LINE": IMAGE_TOKEN + "\n",
-        "IMAGE": IMAGE_TOKEN,
-        "SYSTEM_END": template.system[len(template.system.rstrip()) :],
-        "SYSTEM": template.system,
-        "BEFORE_QUESTION": template.question[0],
-        "AFTER_QUESTION": template.question[1],
-        "BEFORE_ANSWER": template.answer[0],
-        "AFTER_ANSWER": template.answer[1],
+        "IMAGES": _FRONT if template.place == "front" else _WORDS,
+        "IMAGE": template.image,
+        "BEFORE_MESSAGE": before_message,
+        "AFTER_MESSAGE": after_message,
+        "SYSTEM": "" if default is None else before_message + default + after_message,
+        "BEFORE_SYSTEM": opening,
+        "AGAIN": template.again + opening,
+        "BEFORE_QUESTION": before_question,
+        "AFTER_QUESTION": after_question,
+        "BEFORE_ANSWER": before_answer,
+        "AFTER_ANSWER": after_answer + template.after,
     }
+    begin = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
     text = _CHAT
     for name, value in fill.items():
-        text = text.replace(name, json.dumps(value))
+        value = value.replace(END, tokenizer.token_text(tokenizer.eos_id)).replace(BEGIN, begin)
+        text = text.replace(f"«{name}»", value if name == "IMAGES" else json.dumps(value))
     return text
+
+
+def _pieces(pattern: str, *names: str) -> list[str]:
+    """What stands before, between and behind the fields of a pattern."""
+    found = []
+    for name in names:
+        before, _, pattern = pattern.partition("{" + name + "}")
+        found.append(before)
+    return [*found, pattern]
 
 
 def image_processor(vision: VisionConfig, image: ImageConfig) -> dict[str, Any]:
@@ -121,7 +152,7 @@ def write_processor(target: Target) -> None:
     write_json(directory / PREPROCESSOR_FILE, image_processor(vision, target.recipe.data.image))
     write_json(directory / PROCESSOR_FILE, processor(vision))
     write_json(directory / "generation_config.json", target.token_ids)
-    chat = chat_template(Template.by_name(target.recipe.template))
+    chat = chat_template(Template.by_name(target.recipe.template), target.tokenizer)
     if chat is None:
         target.notes.append(
             f"template {target.recipe.template} is no template for conversations; none was exported"

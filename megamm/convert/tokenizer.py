@@ -1,5 +1,8 @@
 """Tokenizers both ways: megamm's directory to the files that transformers loads, with the same ids, and back.
 
+A tokenizer.json goes out as it came in. A SentencePiece model is described in the terms of the tokenizers
+library:
+
 SentencePiece's BPE joins the neighbouring pair whose union is the piece of highest score; the tokenizers
 library joins the pair that stands first in a list of merges. So the merges are all ways to split a piece
 in two, ordered by the score of the piece. Everything else of megamm's rule of encoding (word-start marker
@@ -13,13 +16,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megamm.convert.engine import read_json
-from megamm.data.tokenizer import CONFIG_FILE, IMAGE_TOKEN, MODEL_FILE, SPACE, Tokenizer
+from megamm.convert.engine import read_json, write_json
+from megamm.data.tokenizer import CONFIG_FILE, HF_FILE, IMAGE_TOKEN, MODEL_FILE, SPACE, Tokenizer
+from megamm.data.tokenizer_huggingface import SETTINGS_FILE, without_last
 from megamm.errors import InputError
 
 # Of sentencepiece_model.proto: model type and piece types.
 _BPE = 2
 _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_positions: int, has_images: bool) -> None:
+    """Write megamm's own files and those that transformers loads.
+
+    Args:
+        has_images: whether there is an embedding for `<image>`; if not, it is the last token and is left out.
+    """
+    tokenizer.save(directory)
+    if not tokenizer.is_huggingface:
+        write_json(directory / HF_FILE, tokenizer_json(tokenizer, directory / MODEL_FILE, has_images))
+        write_json(directory / SETTINGS_FILE, tokenizer_config(tokenizer, max_positions, has_images))
+        return
+    if not has_images:
+        (directory / HF_FILE).write_bytes(without_last(tokenizer.model, IMAGE_TOKEN))
+    if SETTINGS_FILE not in tokenizer.companions:
+        roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
+        names = {f"{role}_token": tokenizer.token_text(i) for role, i in roles.items() if i is not None}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_json(directory / SETTINGS_FILE, {**settings, **names, "model_max_length": max_positions})
 
 
 def tokenizer_json(tokenizer: Tokenizer, model_file: Path, has_images: bool = True) -> dict[str, Any]:
@@ -38,11 +62,13 @@ def tokenizer_json(tokenizer: Tokenizer, model_file: Path, has_images: bool = Tr
 
     model = _read_model(model_file)
     pieces = [piece.piece for piece in model.pieces]
+    bos_id, unk_id = tokenizer.bos_id, tokenizer.unk_id
+    assert bos_id is not None and unk_id is not None, "a SentencePiece model has both"
     found = HFTokenizer(
         BPE(
             vocab={piece: index for index, piece in enumerate(pieces)},
             merges=merges_of(model),
-            unk_token=pieces[tokenizer.unk_id],
+            unk_token=pieces[unk_id],
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -56,11 +82,11 @@ def tokenizer_json(tokenizer: Tokenizer, model_file: Path, has_images: bool = Tr
             decoders.Strip(content=" ", left=1),
         ]
     )
-    bos = pieces[tokenizer.bos_id]
+    bos = pieces[bos_id]
     found.post_processor = processors.TemplateProcessing(
         single=f"{bos}:0 $A:0",
         pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
-        special_tokens=[(bos, tokenizer.bos_id)],
+        special_tokens=[(bos, bos_id)],
     )
     specials = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     found.add_special_tokens(
@@ -76,7 +102,7 @@ def tokenizer_json(tokenizer: Tokenizer, model_file: Path, has_images: bool = Tr
 
 def tokenizer_config(tokenizer: Tokenizer, max_positions: int, has_images: bool = True) -> dict[str, Any]:
     """tokenizer_config.json, which goes with `tokenizer_json`."""
-    names = {index: token for token, index in tokenizer.special_tokens.items()}
+    names: dict[int | None, str] = {index: token for token, index in tokenizer.special_tokens.items()}
     images = {
         "processor_class": "LlavaProcessor",
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
@@ -135,17 +161,18 @@ def _read_model(path: Path) -> Any:
 
 
 def tokenizer_from_hf(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, or None if it has no SentencePiece model.
+    """The tokenizer of a Hugging Face directory, or None if it has neither a SentencePiece model nor a
+    tokenizer.json; where it has both, the model counts.
 
-    Added tokens are those of megamm's own description where export left one, else those that the Hugging
-    Face files name behind the pieces; `<image>` gets the next free id if it is not among them.
+    Added tokens of a model are those of megamm's own description where export left one, else those that the
+    Hugging Face files name behind the pieces; `<image>` gets the next free id if it is not among them.
 
     Raises:
         InputError: the files are damaged or contradict each other.
     """
     model_file = directory / MODEL_FILE
     if not model_file.is_file():
-        return None
+        return Tokenizer.load(directory) if (directory / HF_FILE).is_file() else None
     if (directory / CONFIG_FILE).exists():
         return Tokenizer.load(directory)
     plain = Tokenizer.load(model_file)

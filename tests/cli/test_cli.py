@@ -29,7 +29,9 @@ OPTIONS = {
     "prepare": [
         *["SOURCE", "--debug", "--format", "--images", "--out", "--template", "--tokenizer", "--workers"],
     ],
-    "prepare tokenizer": ["SOURCE", "--debug", "--format", "--out", "--template", "--vocab-size"],
+    "prepare tokenizer": [
+        *["SOURCE", "--add-token", "--debug", "--format", "--from", "--out", "--template", "--vocab-size"],
+    ],
     "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
     "convert export": ["--checkpoint", "--debug", "--family", "--merge-lora", "--out"],
     "convert verify": ["--against", "--checkpoint", "--debug", "--tolerance"],

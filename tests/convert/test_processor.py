@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from PIL import Image
 
 from megamm.config import ImageConfig
 from megamm.convert import export_llava, import_llava
-from megamm.convert.processor import image_config_from_hf, image_processor
+from megamm.convert.processor import chat_template, image_config_from_hf, image_processor
 from megamm.data.images import make_image_loader
 from megamm.data.templates import Template, Turn
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
 from tests.convert.helpers import hf_llava, recipe_for, save_hf
+from tests.data import huggingface
 
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 SIZES = [(28, 28), (61, 40), (40, 61), (97, 33), (31, 200), (14, 10)]
@@ -101,6 +103,56 @@ def test_chat_template_is_megamms_template(llava_dir, tokenizer, tokenizer_dir, 
     system = [{"role": "system", "content": "Be brief."}, *answered[:1]]
     text = processor.apply_chat_template(system, add_generation_prompt=True)
     assert text == "Be brief. USER: <image>\nWhat is this? ASSISTANT:"
+
+
+CHATS = ["vicuna", "llama2_chat", "zephyr", "infimm", "xcomposer"]
+TALK = [
+    Turn("system", "Be 'brief'."),
+    Turn("user", "What is\n<image> this? <image>"),
+    Turn("assistant", " A cat, it's 100 % sure.\n"),
+    Turn("user", ' And "this"? '),
+    Turn("assistant", ""),
+]
+
+
+@pytest.mark.parametrize("kind", ["first", "qwen"])
+@pytest.mark.parametrize("name", CHATS)
+def test_every_chat_template_is_megamms_template(name, kind, tmp_path):
+    """Text and ids, with any number of turns, with and without a system message."""
+    from transformers import AutoTokenizer
+
+    new = ["<|endofchunk|>", "<TOKENS_UNUSED_0>", "<TOKENS_UNUSED_1>"]
+    ours = Tokenizer.load(huggingface.write(kind, tmp_path / "hf"), new)
+    ours.save(tmp_path / "saved")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    template = Template.by_name(name)
+    jinja = chat_template(template, ours)
+    for first in (0, 1):
+        for end in range(first + 1, len(TALK) + 1):
+            if TALK[end - 1].role == "system":
+                continue
+            turns, asks = TALK[first:end], TALK[end - 1].role == "user"
+            parts = [re.split("(<image>)", turn.text) for turn in turns]
+            listed = [
+                [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in some]
+                for some in parts
+            ]
+            for contents in (listed, [turn.text for turn in turns]):
+                messages = [
+                    {"role": turn.role, "content": content}
+                    for turn, content in zip(turns, contents, strict=True)
+                ]
+                text = auto.apply_chat_template(
+                    messages, chat_template=jinja, tokenize=False, add_generation_prompt=asks
+                )
+                ids, _ = template.render(turns, ours)
+                begin = [] if ours.bos_id is None else [ours.bos_id]
+                assert begin + auto.encode(text, add_special_tokens=False) == ids
+
+
+def test_templates_without_conversations_give_no_chat_template(tokenizer):
+    for name in ("plain", "pair", "interleaved", "text"):
+        assert chat_template(Template.by_name(name), tokenizer) is None
 
 
 def test_two_images_in_one_turn(llava_dir, tokenizer, tokenizer_dir, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamm.convert import export_llava, import_llava
-from megamm.convert.tokenizer import merges_of, tokenizer_from_hf
+from megamm.convert.tokenizer import merges_of, tokenizer_from_hf, write_tokenizer
 from megamm.data.tokenizer import CONFIG_FILE, IMAGE_TOKEN, Tokenizer
 from megamm.errors import InputError
 from tests.convert.helpers import VOCAB_SIZE, recipe_for
+from tests.data import huggingface
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +193,25 @@ def test_malformed_added_tokens_are_refused(entry, exported, tmp_path):
         tokenizer_from_hf(directory)
 
 
-def test_a_tokenizer_without_its_model_is_none(exported, tmp_path):
-    assert tokenizer_from_hf(copy_files(exported, tmp_path / "bad", "tokenizer.json")) is None
+def test_a_directory_without_a_tokenizer_gives_none(tmp_path):
     assert tokenizer_from_hf(tmp_path) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_both_engines_give_the_same_ids(exported, tokenizer, text):
+    """Without its SentencePiece model, the exported directory is read from its tokenizer.json."""
+    found = both(exported)
+    assert found.encode(text) == tokenizer.encode(text)
+    assert found.encode_parts([text], prefix=False) == tokenizer.encode_parts([text], prefix=False)
+
+
+@cache
+def both(exported: Path) -> Tokenizer:
+    directory = copy_files(exported, exported.parent / "json", "tokenizer.json", "tokenizer_config.json")
+    found = tokenizer_from_hf(directory)
+    assert found is not None and found.is_huggingface
+    return found
 
 
 def without_bytes(model):
@@ -224,3 +242,36 @@ def test_other_kinds_of_models_are_not_exported(change, message, llava_dir, tmp_
         export_llava(found.tensors, recipe_for(found.model), directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (directory / CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", ["prepend", "qwen"])
+def test_a_huggingface_tokenizer_goes_out_as_it_came(kind, llava_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    source = huggingface.write(kind, tmp_path / "hf")
+    ours = Tokenizer.load(source)  # with <image>
+    ours.save(source)
+    found = import_llava(llava_dir)
+    found.model.language.vocab_size = ours.vocab_size
+    tensors = dict(found.tensors)
+    for key in ("language.embedding.word_embeddings.weight", "language.output_layer.weight"):
+        tensors[key] = tensors[key].repeat(3, 1)[: ours.vocab_size]
+    assert tokenizer_from_hf(source).sha256 == ours.sha256
+    export_llava(tensors, recipe_for(found.model), source, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert import_llava(tmp_path / "out").tokenizer.sha256 == ours.sha256
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "<image>\nthe dog's leash <|im_end|></s>"
+    assert auto.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_a_bare_tokenizer_json_gets_its_settings(tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.load(huggingface.write("first", tmp_path / "hf") / "tokenizer.json")
+    write_tokenizer(ours, tmp_path / "out", 64, has_images=False)
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (auto.bos_token_id, auto.eos_token_id, auto.unk_token_id) == (1, 2, 0)
+    assert len(auto) == ours.vocab_size - 1  # without <image>
+    assert auto.encode("a dog</s>", add_special_tokens=False) == ours.encode("a dog</s>")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def test_saved_and_bare_model_are_the_same_tokenizer(tokenizer_dir: Path, tmp_pa
     bare = Tokenizer.load(tokenizer_dir / MODEL_FILE)
     bare.save(tmp_path / "copy")
     copy = Tokenizer.load(tmp_path / "copy")
-    assert loaded.sha256 == bare.sha256 == copy.sha256
+    sent = pickle.loads(pickle.dumps(loaded))
+    assert loaded.sha256 == bare.sha256 == copy.sha256 == sent.sha256
+    assert sent.files() == loaded.files() == copy.files()
     assert copy.encode("the <image> dog") == loaded.encode("the <image> dog")
 
 
