@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megamm.data.conversation import Conversation, Skipped
+from megamm.errors import InputError
 
 CHUNK_ENTRIES = 256
 
@@ -42,6 +43,15 @@ class FormatOptions:
     min_similarity: float = 0.24
     max_images: int = 6
     keep_single_image: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a number is out of its range."""
+        if not -1 <= self.min_similarity <= 1:
+            raise InputError(f"min_similarity: is {self.min_similarity}; give a number from -1 to 1")
+        if self.max_images < 1:
+            raise InputError(f"max_images: is {self.max_images}; give 1 or more")
+        if not 0 <= self.keep_single_image <= 1:
+            raise InputError(f"keep_single_image: is {self.keep_single_image}; give a number from 0 to 1")
 
 
 class Format(ABC):
