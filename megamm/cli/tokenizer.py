@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megamm.cli.common import add_command, positive
+from megamm.cli.data import Names, formats
 from megamm.config import TemplateName
 from megamm.errors import InputError
 
@@ -22,7 +23,7 @@ def add_parsers(commands: Any) -> None:
         "  megamm prepare tokenizer --from zephyr-7b --add-token '<|endofchunk|>' --out tokenizer",
     )
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="files to train on")
-    parser.add_argument("--format", choices=("llava",), help="layout of the sources")
+    parser.add_argument("--format", choices=Names(formats), metavar="F", help="of the sources: %(choices)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--template",

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 import tarfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from megamm.data.image_header import ImageError
 from megamm.errors import InputError
 
 MAX_OPEN_TARS = 64  # file descriptors that a store keeps
 MAX_IMAGE_BYTES = 1 << 30  # larger files are no images; bounds what one read may allocate
+MAX_HEADER_BYTES = 1 << 20  # of a tar, names of members included
 
 
 class Container(NamedTuple):
-    """A folder or a tar file of images; `size` in bytes is that of the tar (0 for folders)."""
+    """A folder or a tar file of images; `size` in bytes is that of the tar (0 for folders).
 
-    kind: Literal["folder", "tar"]
+    In a tar of the kind "base64" the stretch that an image takes is its text in base64.
+    """
+
+    kind: Literal["folder", "tar", "base64"]
     path: str
     size: int
 
@@ -51,7 +57,7 @@ def describe(path: Path) -> Container:
 def tarfile_like(path: Path) -> bool:
     """Whether the file begins like an uncompressed tar."""
     try:
-        with tarfile.open(path, "r:"):
+        with open(path, "rb") as file, _open_tar(file):
             return True
     except (tarfile.TarError, OSError, ValueError, EOFError):
         return False
@@ -67,34 +73,63 @@ def safe_name(name: str) -> str | None:
     return str(path)
 
 
-def index_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and length of every regular file in a tar, by name; nothing is unpacked.
+class TarMember(NamedTuple):
+    """A regular file in a tar: its name, made safe, and where its bytes lie."""
 
-    Links, devices, sparse files and names that would leave the folder are left out. Of members with
-    the same name the last counts, as in unpacking.
+    name: str
+    offset: int
+    length: int
+
+
+def tar_members(path: Path) -> Iterator[TarMember]:
+    """The regular files of a tar, in their order; nothing is unpacked.
+
+    Links, devices, sparse files and names that would leave the folder are left out.
 
     Raises:
-        InputError: the tar is damaged or cut short.
+        InputError: the tar is damaged, cut short or gone.
     """
-    size = path.stat().st_size
-    members: dict[str, tuple[int, int]] = {}
     problem = InputError(f"{path}: the tar file is damaged or cut short; copy or write it again")
     try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+        with open(path, "rb") as file, _open_tar(file) as tar:
+            size = os.fstat(file.fileno()).st_size
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member; a shard has many
+                if tar.offset <= member.offset or member.size < 0:
+                    raise problem
                 name = safe_name(member.name)
                 if not member.isreg() or member.issparse() or name is None:
                     continue
-                if member.size < 0 or member.offset_data + member.size > size:
+                if member.offset_data + member.size > size:
                     raise problem
-                members[name] = (member.offset_data, member.size)
+                yield TarMember(name, member.offset_data, member.size)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
                 raise problem
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError, RecursionError):
         raise problem from None
-    return members
+
+
+def index_tar(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and length of every member of a tar, by name; see `tar_members`. Of members with the same
+    name the last counts, as in unpacking."""
+    return {name: (offset, length) for name, offset, length in tar_members(path)}
+
+
+def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload]
+
+
+class _Headers:
+    """A file from which tarfile reads headers only: one that claims to be very long is refused."""
+
+    def __init__(self, file: IO[bytes]):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too long")
+        return self._read(size)
 
 
 class ImageStore:
@@ -139,17 +174,21 @@ class ImageStore:
         """The bytes of an image.
 
         Raises:
-            ImageError: they cannot be read, or are fewer or more than the location says.
+            ImageError: they cannot be read, are fewer or more than the location says, or no base64.
         """
-        if not 0 <= location.length <= MAX_IMAGE_BYTES:
-            raise ImageError(f"has {location.length} bytes, too many for an image")
-        try:
-            if self.containers[location.container].kind == "folder":
-                return self._read_file(location)
-            return self._read_tar(location)
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise ImageError("the file is missing" if missing else f"cannot be read ({error})") from None
+        data = self._read(location, location.length)
+        return _from_base64(data) if self.containers[location.container].kind == "base64" else data
+
+    def head(self, location: Location, size: int) -> bytes:
+        """The first `size` bytes of an image, or all if it is shorter; raises ImageError as `read` does."""
+        if self.containers[location.container].kind != "base64":
+            return self._read(location, min(size, location.length))
+        text = -(-size // 3) * 4
+        return (
+            self.read(location)[:size]
+            if text >= location.length
+            else _from_base64(self._read(location, text))
+        )
 
     def close(self) -> None:
         """Close the tar files that are open."""
@@ -157,24 +196,40 @@ class ImageStore:
             while self._tars:
                 os.close(self._tars.popitem()[1])
 
-    def _read_file(self, location: Location) -> bytes:
+    def _read(self, location: Location, size: int) -> bytes:
+        """The first `size` bytes of the stretch."""
+        if not 0 <= location.length <= MAX_IMAGE_BYTES:
+            raise ImageError(f"has {location.length} bytes, too many for an image")
+        try:
+            if self.containers[location.container].kind == "folder":
+                return self._read_file(location, size)
+            return self._read_tar(location, size)
+        except (OSError, ValueError, OverflowError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise ImageError("the file is missing" if missing else f"cannot be read ({error})") from None
+
+    def _read_file(self, location: Location, size: int) -> bytes:
         path = os.path.join(self.containers[location.container].path, location.name)
         # Not blocking: what became a pipe since `find` would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            data = file.read(location.length + 1)
-        if len(data) != location.length:
+        with open(descriptor, "rb", buffering=0) as file:
+            if os.fstat(descriptor).st_size != location.length:
+                raise ImageError("the file has changed since `megamm prepare`")
+            data = _read_all(file, size)
+        if len(data) != size:
             raise ImageError("the file has changed since `megamm prepare`")
         return data
 
-    def _read_tar(self, location: Location) -> bytes:
+    def _read_tar(self, location: Location, size: int) -> bytes:
+        if location.offset + location.length > self.containers[location.container].size:
+            raise ImageError("lies behind the end of its tar file")
         with self._lock:
             descriptor = os.dup(self._descriptor(location.container))  # survives closing by another thread
         try:
-            data = os.pread(descriptor, location.length, location.offset)
+            data = os.pread(descriptor, size, location.offset)
         finally:
             os.close(descriptor)
-        if len(data) != location.length:
+        if len(data) != size:
             raise ImageError("the tar file is cut short")
         return data
 
@@ -186,3 +241,17 @@ class ImageStore:
             os.close(self._tars.popitem(last=False)[1])
         self._tars[container] = os.open(self.containers[container].path, os.O_RDONLY | os.O_CLOEXEC)
         return self._tars[container]
+
+
+def _read_all(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+def _from_base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ImageError("is no base64 text") from None

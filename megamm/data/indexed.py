@@ -6,9 +6,12 @@ A directory of:
     image_starts.bin         i64 [samples + 1]: sample i has the image records starts[i] ... starts[i+1]-1
     images.bin               one IMAGE_RECORD per image, in the order of the placeholders
     image_names.bin          UTF-8 names of all images back to back
+    checksums.bin            u32 per sample (layout: sample_checksum.py)
     skipped.jsonl            entries that were left out, with their reasons
+    tokenizer/               the tokenizer that made the ids
     manifest.json            written last; see manifest.py
-Everything is mapped into memory; opening checks sizes, structure and (small files) hashes.
+Everything is mapped into memory. Opening compares sizes and hashes the small files, so it takes as long for
+any number of samples; the checksum of a sample is verified whenever it is read.
 """
 
 from __future__ import annotations
@@ -20,29 +23,19 @@ from typing import NamedTuple
 import numpy as np
 
 from megamm.data.image_header import ImageError
-from megamm.data.image_store import MAX_IMAGE_BYTES, Container, ImageStore, Location, safe_name
-from megamm.data.manifest import Manifest
+from megamm.data.image_store import Container, ImageStore, Location, safe_name
+from megamm.data.manifest import TOKENIZER_FOLDER, Manifest
+from megamm.data.sample_checksum import IMAGE_RECORD, at_row, content_crc
 from megamm.data.token_file import REMEDY, TokenFile, map_file, token_dtype
+from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
 
 TOKENS, TOKEN_INDEX, LOSS_MASK = "tokens.bin", "tokens.idx", "loss_mask.bin"
 IMAGE_STARTS, IMAGES, IMAGE_NAMES = "image_starts.bin", "images.bin", "image_names.bin"
-SKIPPED = "skipped.jsonl"
-FILES = [TOKENS, TOKEN_INDEX, LOSS_MASK, IMAGE_STARTS, IMAGES, IMAGE_NAMES, SKIPPED]
+CHECKSUMS, SKIPPED = "checksums.bin", "skipped.jsonl"
+FILES = [TOKENS, TOKEN_INDEX, LOSS_MASK, IMAGE_STARTS, IMAGES, IMAGE_NAMES, CHECKSUMS, SKIPPED]
 
-IMAGE_RECORD = np.dtype(
-    [
-        ("container", "<u4"),  # position in the manifest's list
-        ("crc32", "<u4"),  # of the encoded bytes, so that a changed image is noticed
-        ("width", "<u4"),
-        ("height", "<u4"),
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("name_end", "<i8"),  # end of its name in image_names.bin; it starts where the last one ends
-    ]
-)
-# Opening hashes files up to this many bytes (half a second each); `check` hashes all.
-HASH_LIMIT = 1 << 30
+HASH_LIMIT = 1 << 26  # bytes that opening hashes, of the smallest files; `check` hashes all
 
 
 class Sample(NamedTuple):
@@ -59,6 +52,8 @@ class PreparedDataset:
     Attributes:
         manifest: what the dataset says of itself.
         store: where its images are read.
+        tokens, learnt: ids and loss mask (u8) of all samples back to back; `starts` tells whose they are.
+            They are what the files hold, not verified.
     """
 
     def __init__(self, directory: str | Path):
@@ -69,55 +64,99 @@ class PreparedDataset:
         """
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
-        if sorted(self.manifest.files) != sorted(FILES):
+        files = [name for name in self.manifest.files if not name.startswith(f"{TOKENIZER_FOLDER}/")]
+        if sorted(files) != sorted(FILES):
             raise InputError(f"{self.directory}: its manifest names other files than expected; {REMEDY}")
         self.manifest.check_files(self.directory, HASH_LIMIT)
-        self._tokens = TokenFile(self.directory / TOKENS, self.directory / TOKEN_INDEX)
-        self._learnt = self._map(LOSS_MASK, np.dtype("u1"))
+        self._index = TokenFile(self.directory / TOKENS, self.directory / TOKEN_INDEX)
+        self.tokens = self._index.tokens
+        self.learnt = self._map(LOSS_MASK, np.dtype("u1"))
         self._image_starts = self._map(IMAGE_STARTS, np.dtype("<i8"))
         self._images = self._map(IMAGES, IMAGE_RECORD)
         self._names = self._map(IMAGE_NAMES, np.dtype("u1"))
-        self._check_structure()
+        self._checksums = self._map(CHECKSUMS, np.dtype("<u4"))
+        self._check_counts()
         self.store = ImageStore([Container(*entry) for entry in self.manifest.containers])
         self.store.check()
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._index)
 
     @property
     def num_images(self) -> int:
         return len(self._images)
 
     def __getitem__(self, row: int) -> Sample:
-        start, end = self._tokens.starts[row], self._tokens.starts[row + 1]
-        images = range(int(self._image_starts[row]), int(self._image_starts[row + 1]))
-        return Sample(self._tokens[row], self._learnt[start:end], images)
+        """Sample `row`, verified; raises InputError where it is damaged, IndexError if there is none."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        start, end = self._index.span(row)
+        first, last = int(self._image_starts[row]), int(self._image_starts[row + 1])
+        sample = Sample(self.tokens[start:end], self.learnt[start:end], range(first, last))
+        if not 0 <= first <= last <= self.num_images or self._crc(sample) != at_row(
+            int(self._checksums[row]), row
+        ):
+            raise InputError(f"{self.directory}: sample {row} is damaged; run `megamm prepare` again")
+        return sample
+
+    def starts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the samples `rows` [n] lie in `tokens` and `learnt`: the first and behind the last, both [n].
+
+        Raises:
+            InputError: the index is damaged there.
+        """
+        return self._index.spans(rows)
 
     def sizes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stored tokens (an image counts as one) and images of the samples `rows` [n]: [n] int64 each."""
-        starts, images = self._tokens.starts, self._image_starts
-        return starts[rows + 1] - starts[rows], images[rows + 1] - images[rows]
+        """Stored tokens (an image counts as one) and images of the samples `rows` [n]: [n] int64 each.
+
+        Raises:
+            InputError: the index is damaged there.
+        """
+        starts, ends = self._index.spans(rows)
+        images = self._image_starts[rows + 1] - self._image_starts[rows]
+        if ((images < 0) | (images > ends - starts)).any():
+            raise InputError(f"{self.directory / IMAGE_STARTS}: holds impossible numbers of images; {REMEDY}")
+        return ends - starts, images
 
     def location(self, image: int) -> Location:
-        """Where the bytes of an image lie."""
+        """Where the bytes of an image lie; raises InputError where its sample is damaged."""
+        row = int(np.searchsorted(self._image_starts, image, side="right")) - 1
+        if not 0 <= image < self.num_images:
+            raise IndexError(f"image {image} of {self.num_images}")
+        if not 0 <= row < len(self) or image not in self[row].images:
+            raise InputError(f"{self.directory / IMAGE_STARTS}: holds impossible numbers of images; {REMEDY}")
         record = self._images[image]
-        start = int(self._images["name_end"][image - 1]) if image else 0
-        name = self._names[start : int(record["name_end"])].tobytes().decode("utf-8", "replace")
-        return Location(int(record["container"]), name, int(record["offset"]), int(record["length"]))
+        name = self._names[self._name_start(image) : int(record["name_end"])].tobytes()
+        return Location(
+            int(record["container"]),
+            name.decode("utf-8", "surrogateescape"),
+            int(record["offset"]),
+            int(record["length"]),
+        )
 
     def read_image(self, image: int) -> bytes:
-        """The encoded bytes of an image.
+        """The encoded bytes of an image. They are compared with their crc32 if `megamm prepare` has read
+        them (--image-checks full).
 
         Raises:
             ImageError: they cannot be read, or are not those that were prepared.
+            InputError: its sample is damaged.
         """
         location = self.location(image)
-        if safe_name(location.name) is None:
+        if safe_name(location.name) is None and self.store.containers[location.container].kind == "folder":
             raise ImageError("the path leaves the image folder")
         data = self.store.read(location)
-        if zlib.crc32(data) != self._images["crc32"][image]:
+        crc = int(self._images[image]["crc32"])
+        if crc and zlib.crc32(data) != crc:
             raise ImageError("has changed since `megamm prepare`")
         return data
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids; raises InputError where its files are damaged."""
+        own = [name for name in self.manifest.files if name.startswith(f"{TOKENIZER_FOLDER}/")]
+        self.manifest.check_hashes(self.directory, own)
+        return Tokenizer.load(self.directory / TOKENIZER_FOLDER)
 
     def check(self) -> None:
         """Compare every byte of the directory with the manifest; raises InputError."""
@@ -133,39 +172,36 @@ class PreparedDataset:
             raise InputError(f"{path}: does not hold whole records; {REMEDY}")
         return map_file(path, dtype)
 
-    def _check_structure(self) -> None:
-        samples, images = len(self._tokens), self._images
-        counts = {"samples": samples, "images": len(images), "tokens": int(self._tokens.starts[-1])}
-        for name, count in counts.items():
-            if self.manifest.counts.get(name) != count:
-                raise InputError(
-                    f"{self.directory}: the manifest counts other {name} than there are; {REMEDY}"
-                )
-        starts, names = self._image_starts, images["name_end"]
+    def _check_counts(self) -> None:
+        counts, samples = self.manifest.counts, len(self)
         good = {
-            TOKEN_INDEX: samples > 0 and self._tokens.dtype == token_dtype(self.manifest.vocab_size),
-            LOSS_MASK: len(self._learnt) == counts["tokens"],
-            IMAGE_STARTS: len(starts) == samples + 1
-            and starts[0] == 0
-            and starts[-1] == len(images)
-            and not (np.diff(starts) < 0).any(),
-            IMAGES: (images["container"] < len(self.manifest.containers)).all()
-            and (images["offset"] >= 0).all()
-            and (images["length"] > 0).all()
-            and (images["length"] <= MAX_IMAGE_BYTES).all()
-            and self._inside_tars(),
-            IMAGE_NAMES: not (np.diff(names, prepend=0) <= 0).any()
-            and (names[-1] if len(names) else 0) == len(self._names),
+            TOKEN_INDEX: samples > 0 and samples == counts.get("samples"),
+            TOKENS: len(self.tokens) == counts.get("tokens")
+            and self.tokens.dtype == token_dtype(self.manifest.vocab_size),
+            LOSS_MASK: len(self.learnt) == len(self.tokens),
+            IMAGE_STARTS: len(self._image_starts) == samples + 1,
+            IMAGES: len(self._images) == counts.get("images"),
+            IMAGE_NAMES: len(self._names) == self._name_start(len(self._images)),
+            CHECKSUMS: len(self._checksums) == samples,
         }
         for name, fine in good.items():
             if not fine:
                 raise InputError(f"{self.directory / name}: contradicts the rest of the dataset; {REMEDY}")
 
-    def _inside_tars(self) -> bool:
-        """Whether every image in a tar ends within it."""
-        ends = self._images["offset"] + self._images["length"]
-        limits = np.array(
-            [size if kind == "tar" else np.iinfo(np.int64).max for kind, _, size in self.manifest.containers],
-            np.int64,
-        )
-        return not len(ends) or bool((ends <= limits[self._images["container"]]).all())
+    def _name_start(self, image: int) -> int:
+        """Where the name of an image starts in image_names.bin."""
+        return int(self._images["name_end"][image - 1]) if image else 0
+
+    def _crc(self, sample: Sample) -> int:
+        """The content crc of a sample as the files have it; -1 if its names cannot be where it says."""
+        if not sample.images:
+            return content_crc(sample.tokens, sample.learnt, self._images[:0], self._names[:0])
+        records = self._images[sample.images.start : sample.images.stop].copy()
+        start, end = self._name_start(sample.images.start), int(records["name_end"][-1])
+        if (
+            not 0 <= start <= end <= len(self._names)
+            or (records["container"] >= len(self.store.containers)).any()
+        ):
+            return -1
+        records["name_end"] -= start
+        return content_crc(sample.tokens, sample.learnt, records, self._names[start:end])

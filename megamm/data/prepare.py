@@ -1,30 +1,36 @@
 """`megamm prepare`: conversations and the places of their images become a dataset directory.
 
-The bytes written depend on the sources, images, tokenizer and template alone, not on the number of
-worker processes: entries are rendered in chunks of fixed size and written in the order of the sources.
+The sources are cut into chunks, any process renders a chunk, and the results are appended in the order of the
+sources. So the bytes depend on the sources, images and options alone: not on the number of processes, and not
+on how often the work was interrupted and taken up again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
-from megamm.data import indexed
-from megamm.data.conversation import Conversation
-from megamm.data.formats import Format, make_format
-from megamm.data.image_store import Container, describe, index_tar, safe_name
-from megamm.data.manifest import Manifest, describe_files, file_sha256
-from megamm.data.prepare_workers import Chunk, Entry, Rendered, rendered_chunks
+from megamm import __version__
+from megamm.data import image_places, indexed
+from megamm.data.formats import Format, FormatOptions, make_format
+from megamm.data.image_store import describe
+from megamm.data.instructions import names as instruction_sets
+from megamm.data.manifest import TOKENIZER_FOLDER, Manifest, describe_files, file_sha256
+from megamm.data.prepare_partial import Partial
+from megamm.data.prepare_progress import ProgressDisplay
+from megamm.data.prepare_render import IMAGE_CHECKS, Renderer, Sight
+from megamm.data.prepare_workers import in_order
 from megamm.data.prepare_writer import DatasetWriter
 from megamm.data.templates import Template
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
-from megamm.errors import InputError, RunError
+from megamm.errors import InputError, MegammError
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,17 @@ class PrepareReport:
     """What `prepare` did.
 
     Attributes:
-        counts: samples, tokens, learnt_tokens, images and skipped entries of the dataset.
+        counts: of the dataset, as in its manifest.
         skipped_path: its list of skipped entries.
         up_to_date: the dataset was there already and nothing was written.
+        resumed: chunks that an earlier, interrupted run had written.
     """
 
     out: Path
     counts: dict[str, int]
     skipped_path: Path
     up_to_date: bool
+    resumed: int = 0
 
     def summary(self) -> str:
         """A few words for the terminal."""
@@ -51,8 +59,10 @@ class PrepareReport:
         )
         if self.up_to_date:
             text += ", up to date"
+        if counts["dropped_images"]:
+            text += f"; {counts['dropped_images']} images of documents left out"
         if counts["skipped"]:
-            text += f"; {counts['skipped']} entries skipped for their images, see {self.skipped_path}"
+            text += f"; {counts['skipped']} entries skipped, see {self.skipped_path}"
         return text
 
 
@@ -64,49 +74,91 @@ def prepare(
     images: list[Path],
     template: str,
     workers: int,
+    instructions: str = "none",
+    options: FormatOptions = FormatOptions(),  # noqa: B008 (frozen)
+    image_checks: str = "full",
+    restart: bool = False,
+    progress: bool = False,
 ) -> PrepareReport:
-    """Write the dataset directory `out` from conversation files.
+    """Write the dataset directory `out` from source files.
 
-    Entries whose images are missing or unreadable are skipped and listed in out/skipped.jsonl. The
-    directory appears complete or not at all. Where it exists already from the same sources, images
-    and options, nothing is done.
+    Entries whose images are missing or unreadable are skipped and listed in out/skipped.jsonl; a document
+    only loses those images, unless none is left. The directory appears complete or not at all. Where it
+    exists already from the same sources, images and options, nothing is done. A run that was interrupted,
+    killed or stopped by a full disk goes on where it was when it is started again with the same arguments.
 
     Args:
-        sources: conversation files, read in this order.
+        sources: files, read in this order.
         format: of the sources, a name in `megamm.data.formats`.
         images: folders and uncompressed tar files that hold the images; a name is looked up in each,
             the first that has it counts. If empty, images lie beside the source that names them.
         workers: processes that render and check; any number gives the same bytes.
+        instructions: the set of words put around questions and captions; see `megamm.data.instructions`.
+        image_checks: "full" reads every image once, tests its header and stores its crc32, so that training
+            notices every changed byte; "header" reads the first kilobytes and stores the size in pixels;
+            "none" looks up where images lie and opens none of them, so that bad ones are met in training.
+        restart: throw away what an interrupted run has left.
+        progress: show on stderr how far it is.
 
     Raises:
-        InputError: wrong sources, options or images, or `out` holds something else.
-        RunError: the disk is full or not writable.
+        InputError: wrong sources, options or images, or `out` holds something else or is being written.
+        RunError: the disk is full or not writable, or a worker died.
     """
     out = Path(out)
-    if workers < 1:
-        raise InputError(f"workers: is {workers}; give 1 or more")
-    read, words = make_format(format), Template.by_name(template)
+    _check_choices(workers, instructions, image_checks)
+    read, words = make_format(format, options), Template.by_name(template)
     vocabulary = Tokenizer.load(tokenizer)
     sources = _existing(sources)
-    containers = [describe(path) for path in images] or _beside(sources)
+    sight = _sight(read, sources, images)
     manifest = Manifest(
         preparation="",
+        created_by=f"megamm {__version__}",
         sources=[str(path) for path in sources],
         source_format=format,
+        options=asdict(options),
+        instructions=instructions,
         template=words.name,
+        image_checks=image_checks,
         tokenizer_sha256=vocabulary.sha256,
         vocab_size=vocabulary.vocab_size,
         image_id=vocabulary.image_id,
         counts={},
-        containers=[list(container) for container in containers],
+        containers=[list(container) for container in sight.containers],
     )
-    manifest.preparation = _preparation(manifest, sources)
     if out.exists():
+        manifest.preparation = _preparation(manifest, sources, read, workers)
         return _same_or_refuse(out, manifest.preparation)
-    places = _Places(containers, per_source=not images)
-    chunks = _chunks(read, sources, places)
-    rendered = rendered_chunks(chunks, vocabulary, words, containers, workers)
-    return _write(out, rendered, manifest, vocabulary)
+    with Partial(out) as partial, ProgressDisplay(sources, progress) as display:
+        manifest.preparation = _preparation(manifest, sources, read, workers)
+        done = partial.begin(f"{manifest.preparation} {__version__}", restart)
+        try:
+            _write_tokenizer(partial, vocabulary)
+            _index_images(partial, sight, workers, display)
+            renderer = Renderer(
+                format,
+                options,
+                partial.dataset / TOKENIZER_FOLDER,
+                template,
+                instructions,
+                sight.of(partial.path),
+                image_checks,
+            )
+            chunks = display.watch(islice(read.chunks(sources), done.chunks, None))
+            with (
+                DatasetWriter(partial, done, vocabulary.vocab_size) as writer,
+                closing(in_order(renderer, chunks, workers)) as rendered,
+            ):
+                for piece in rendered:
+                    writer.write(piece)
+                    display.update(writer.counts["samples"])
+                display.stage("hashing what was written")
+                writer.finish()
+            manifest.counts = writer.counts
+            _finish(partial, manifest, workers)
+        except InputError:  # it is in the sources: corrected, they are others, and this work is of no use
+            partial.discard()
+            raise
+    return PrepareReport(out, manifest.counts, out / indexed.SKIPPED, up_to_date=False, resumed=done.chunks)
 
 
 def train_tokenizer_from_sources(
@@ -127,65 +179,79 @@ def train_tokenizer_from_sources(
     return train_tokenizer(texts, out, vocab_size)
 
 
-class _Places:
-    """Where each image may lie; tars are looked up here, folders by the workers."""
-
-    def __init__(self, containers: list[Container], per_source: bool):
-        self.containers = containers
-        self.per_source = per_source
-        self.tars = {i: index_tar(Path(c.path)) for i, c in enumerate(containers) if c.kind == "tar"}
-
-    def candidates(self, name: str, source: int) -> list[tuple[int, int, int]]:
-        """(container, offset, length), best first; offset -1 for a folder that has yet to be asked."""
-        if self.per_source:
-            return [(source, -1, 0)]
-        found = []
-        for number in range(len(self.containers)):
-            if number not in self.tars:
-                found.append((number, -1, 0))
-            elif (place := self.tars[number].get(safe_name(name) or "")) is not None:
-                found.append((number, *place))
-                break
-        return found
+def _check_choices(workers: int, instructions: str, image_checks: str) -> None:
+    if workers < 1:
+        raise InputError(f"workers: is {workers}; give 1 or more")
+    for name, given, known in (
+        ("instructions", instructions, instruction_sets()),
+        ("image checks", image_checks, IMAGE_CHECKS),
+    ):
+        if given not in known:
+            raise InputError(f"{name}: there is no {given!r}; choose one of {', '.join(known)}")
 
 
-def _chunks(read: Format, sources: list[Path], places: _Places) -> Iterator[Chunk]:
-    """Entries of all sources, by CHUNK_ENTRIES."""
-    for piece in read.chunks(sources):
-        chunk: Chunk = []
-        for conversation in read.read(piece):
-            if isinstance(conversation, Conversation):
-                names = [name for name in conversation.images if isinstance(name, str)]
-                candidates = [places.candidates(name, piece.source_number) for name in names]
-                chunk.append(Entry(piece.source, conversation, candidates))
-        yield chunk
+def _existing(sources: list[Path]) -> list[Path]:
+    if not sources:
+        raise InputError("sources: none given; name at least one conversation file")
+    for path in sources:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: there is no such file; name a conversation file")
+    return [Path(path) for path in sources]
 
 
-def _write(
-    out: Path, rendered: Generator[Rendered, None, None], manifest: Manifest, vocabulary: Tokenizer
-) -> PrepareReport:
-    """Write all files beside `out` and rename the directory when it is complete."""
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        with closing(rendered), DatasetWriter(partial, vocabulary.vocab_size) as writer:
-            for piece in rendered:
-                writer.write(piece)
-        manifest.counts = writer.counts()
-        if not manifest.counts["samples"]:
-            first = (partial / indexed.SKIPPED).read_text(encoding="utf-8").splitlines()[0]
-            raise InputError(
-                f"{manifest.sources[0]}: every entry was skipped for its images, the first being {first}; "
-                "check the folders or tar files given as images"
-            )
-        manifest.files = describe_files(partial, indexed.FILES)
-        manifest.write(partial)
-        partial.rename(out)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error}); free or choose another disk") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return PrepareReport(out, manifest.counts, out / indexed.SKIPPED, up_to_date=False)
+def _sight(read: Format, sources: list[Path], images: list[Path]) -> Sight:
+    """Tars among the sources, then the places given, or else the folders of the sources."""
+    containers = []
+    for path in read.image_tars(sources):
+        tar = describe(path)
+        containers += [tar, tar._replace(kind="base64")]
+    given = [describe(path) for path in images]
+    searched = [len(containers) + number for number in range(len(given))]
+    containers += given
+    beside = []
+    for folder in [] if images else [describe(source.parent) for source in sources]:
+        if folder not in containers:
+            containers.append(folder)
+        beside.append(containers.index(folder))
+    return Sight(containers, searched, beside)
+
+
+def _write_tokenizer(partial: Partial, vocabulary: Tokenizer) -> None:
+    with partial.writing():
+        vocabulary.save(partial.dataset / TOKENIZER_FOLDER)
+
+
+def _index_images(partial: Partial, sight: Sight, workers: int, display: ProgressDisplay) -> None:
+    """The index of names in the tars given, unless an earlier run has made it."""
+    if (partial.path / image_places.PLACES).exists() or not sight.searched_tars():
+        return
+
+    def ordered_map(
+        function: Callable[[tuple[int, str]], bytes], jobs: Iterable[tuple[int, str]]
+    ) -> Generator[bytes, None, None]:
+        for number, rows in enumerate(in_order(function, jobs, workers)):
+            display.stage(f"{number + 1} of {len(sight.searched_tars())} tar files indexed")
+            yield rows
+
+    with partial.writing():
+        image_places.build(sight.searched_tars(), partial.path, ordered_map)
+
+
+def _finish(partial: Partial, manifest: Manifest, workers: int) -> None:
+    """Hash the files, write the manifest, make the directory appear."""
+    if not manifest.counts["samples"]:
+        with open(partial.dataset / indexed.SKIPPED, encoding="utf-8") as file:
+            first = file.readline().strip()
+        raise InputError(
+            f"{manifest.sources[0]}: every entry was skipped, the first being {first}; "
+            "check the folders or tar files given as images"
+        )
+    with partial.writing():
+        tokenizer = sorted(path.name for path in (partial.dataset / TOKENIZER_FOLDER).iterdir())
+        names = [*indexed.FILES, *(f"{TOKENIZER_FOLDER}/{name}" for name in tokenizer)]
+        manifest.files = describe_files(partial.dataset, names, workers)
+        manifest.write(partial.dataset)
+    partial.commit()
 
 
 def _same_or_refuse(out: Path, preparation: str) -> PrepareReport:
@@ -200,29 +266,30 @@ def _same_or_refuse(out: Path, preparation: str) -> PrepareReport:
         found.check_files(out, indexed.HASH_LIMIT)
     except InputError:
         raise InputError(f"{out}: is damaged; remove it and run `megamm prepare` again") from None
+    with contextlib.suppress(MegammError), Partial(out) as left:  # by a run that was killed at its very end
+        left.discard()
     return PrepareReport(out, found.counts, out / indexed.SKIPPED, up_to_date=True)
 
 
-def _existing(sources: list[Path]) -> list[Path]:
-    if not sources:
-        raise InputError("sources: none given; name at least one conversation file")
-    for path in sources:
-        if not Path(path).is_file():
-            raise InputError(f"{path}: there is no such file; name a conversation file")
-    return [Path(path) for path in sources]
+def _preparation(manifest: Manifest, sources: list[Path], read: Format, threads: int) -> str:
+    """Hash of everything that decides the contents of the dataset. Tars full of images count by their size
+    and time of change: they may have terabytes."""
+    tars = {str(path) for path in read.image_tars(sources)}
 
+    def identity(path: Path) -> str:
+        status = path.stat()
+        return f"{status.st_size} {status.st_mtime_ns}" if str(path) in tars else file_sha256(path)
 
-def _beside(sources: list[Path]) -> list[Container]:
-    return [describe(source.parent) for source in sources]
-
-
-def _preparation(manifest: Manifest, sources: list[Path]) -> str:
-    """Hash of everything that decides the contents of the dataset."""
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = list(pool.map(identity, sources))
     parts = {
-        "sources": [file_sha256(path) for path in sources],
+        "sources": hashes,
         "names": manifest.sources,
         "format": manifest.source_format,
+        "options": manifest.options,
+        "instructions": manifest.instructions,
         "template": manifest.template,
+        "image_checks": manifest.image_checks,
         "tokenizer": manifest.tokenizer_sha256,
         "containers": manifest.containers,
     }

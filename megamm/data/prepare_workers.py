@@ -1,164 +1,168 @@
-"""The part of `megamm prepare` that runs in worker processes: render entries, look at their images."""
+"""Work dealt over processes, results in order: what `megamm prepare` runs its chunks with.
+
+Every worker is spawned, since this process may hold threads (torch, an image library) that do not survive a
+fork, and lives no longer than its pipe to the parent: a parent that is killed leaves none behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import queue
 import signal
-import zlib
+import threading
+import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
-import numpy as np
+from megamm.errors import MegammError, RunError
 
-from megamm.config import ImageConfig
-from megamm.data.conversation import Conversation, ImageRef
-from megamm.data.image_header import ImageError, read_header
-from megamm.data.image_store import Container, ImageStore, Location
-from megamm.data.templates import Template
-from megamm.data.tokenizer import Tokenizer
-from megamm.errors import InputError, RunError
+AHEAD = 2  # items that a worker has beside the one it works on
+WINDOW = 8  # items per worker between the first that is waited for and the last that was given out
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Entry(NamedTuple):
-    """A conversation and, for each of its images, where it may lie (container, offset or -1, length)."""
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """`function` of every item in the order of `items`, by `workers` processes (one: this process).
 
-    source: str
-    conversation: Conversation
-    candidates: list[list[tuple[int, int, int]]]
+    Function, items and results are pickled where there are several processes. An error of an item, or of
+    `items` themselves, is raised when its turn comes: which one is met first does not depend on `workers`.
 
-
-Chunk = list[Entry]
-
-
-class ImageEntry(NamedTuple):
-    """An image that was found: the fields of indexed.IMAGE_RECORD."""
-
-    location: Location
-    crc32: int
-    width: int
-    height: int
-
-
-@dataclass
-class Rendered:
-    """A rendered chunk: lists with one item per sample that is kept, and the entries that were not."""
-
-    tokens: list[np.ndarray] = field(default_factory=list)
-    learnt: list[np.ndarray] = field(default_factory=list)
-    images: list[list[ImageEntry]] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Renderer:
-    """Renders chunks; one per process."""
-
-    def __init__(self, tokenizer: Tokenizer, template: Template, containers: list[Container]):
-        self.tokenizer, self.template = tokenizer, template
-        self.store = ImageStore(containers)
-
-    def render(self, chunk: Chunk) -> Rendered:
-        """Raises InputError where a conversation does not fit the template."""
-        rendered = Rendered()
-        for entry in chunk:
-            images = self._images(entry, rendered)
-            if images is None:
-                continue
-            try:
-                ids, mask = self.template.render(entry.conversation.turns, self.tokenizer)
-            except InputError as error:
-                where = f"{entry.source}: entry {entry.conversation.position + 1}"
-                raise InputError(f"{where} (id {entry.conversation.key!r}): {error}") from None
-            rendered.tokens.append(np.array(ids, np.int32))
-            rendered.learnt.append(np.array(mask, np.uint8))
-            rendered.images.append(images)
-        return rendered
-
-    def _images(self, entry: Entry, rendered: Rendered) -> list[ImageEntry] | None:
-        found = []
-        for name, candidates in zip(entry.conversation.images, entry.candidates, strict=True):
-            try:
-                found.append(self._look(name, candidates))
-            except ImageError as error:
-                rendered.skipped.append(
-                    {
-                        "source": entry.source,
-                        "entry": entry.conversation.position + 1,
-                        "id": entry.conversation.key,
-                        "image": name,
-                        "reason": str(error),
-                    }
-                )
-                return None
-        return found
-
-    def _look(self, name: ImageRef, candidates: list[tuple[int, int, int]]) -> ImageEntry:
-        location = self._locate(str(name), candidates)
-        data = self.store.read(location)
-        # The limit of the default recipe: a picture beyond it is refused here rather than in every epoch.
-        header = read_header(data, ImageConfig().max_pixels)
-        return ImageEntry(location, zlib.crc32(data), header.width, header.height)
-
-    def _locate(self, name: str, candidates: list[tuple[int, int, int]]) -> Location:
-        reason = ImageError("the file is missing")
-        for container, offset, length in candidates:
-            if offset >= 0:
-                return Location(container, name, offset, length)
-            try:
-                return self.store.find(container, name)
-            except ImageError as error:
-                reason = error
-        raise reason
-
-
-def rendered_chunks(
-    chunks: Iterator[Chunk],
-    tokenizer: Tokenizer,
-    template: Template,
-    containers: list[Container],
-    workers: int,
-) -> Generator[Rendered, None, None]:
-    """Render chunks in `workers` processes (one: in this process); results in the order of `chunks`."""
+    Raises:
+        RunError: a process died.
+    """
     if workers == 1:
-        renderer = Renderer(tokenizer, template, containers)
-        try:
-            yield from map(renderer.render, chunks)
-        finally:
-            renderer.store.close()
+        yield from map(function, items)
         return
-    # Spawned, not forked: this process may hold threads (torch, an image library) that do not survive a fork.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.model, tokenizer.added_tokens, template.name, containers),
-    )
+    pool = [_Worker(function) for _ in range(workers)]
     try:
-        waiting: deque[Future[Rendered]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_render_in_worker, chunk))
-            if len(waiting) > 2 * workers:  # bounds memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise RunError("prepare: a worker process died; try fewer --workers or more memory") from None
+        yield from _deal(pool, iter(items))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in pool:
+            worker.stop()
 
 
-_renderer: Renderer | None = None  # of this worker process
+def _deal(pool: list[_Worker], items: Iterator[Any]) -> Generator[Any, None, None]:
+    done: dict[int, Any] = {}  # results that came before their turn
+    given = turn = 0
+    more = True
+    while more or turn < given:
+        while more and given - turn < WINDOW * len(pool):
+            worker = min(pool, key=lambda one: len(one.has))
+            if len(worker.has) > AHEAD:
+                break
+            try:
+                item = next(items)
+            except StopIteration:
+                more = False
+                break
+            except MegammError as error:
+                done[given], given, more = error, given + 1, False
+                break
+            worker.give(given, item)
+            given += 1
+            _collect(pool, done, timeout=0)
+        while turn in done:
+            yield _value(done.pop(turn))
+            turn += 1
+        if turn < given and turn not in done:
+            _collect(pool, done, timeout=None)
 
 
-def _start_worker(model: bytes, added: dict[str, int], template: str, containers: list[Container]) -> None:
-    global _renderer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
-    _renderer = Renderer(Tokenizer(model, added), Template.by_name(template), containers)
+def _collect(pool: list[_Worker], done: dict[int, Any], timeout: float | None) -> None:
+    """Take the results that are there; without a timeout, wait for one."""
+    busy = {worker.pipe: worker for worker in pool if worker.has}
+    for pipe in wait(list(busy), timeout):
+        number, result = busy[pipe].take()  # type: ignore[index]
+        done[number] = result
 
 
-def _render_in_worker(chunk: Chunk) -> Rendered:
-    assert _renderer is not None, "the initializer of the pool has run"
-    return _renderer.render(chunk)
+def _value(result: Any) -> Any:
+    if isinstance(result, MegammError):
+        raise result
+    if isinstance(result, _Failure):
+        raise RuntimeError(f"in a worker process:\n{result}")
+    return result
+
+
+class _Failure(str):
+    """The traceback of a defect that a worker met."""
+
+
+class _Worker:
+    """The parent's end of a worker; `has` are the numbers of its items, in their order."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.has: deque[int] = deque()
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=_work, args=(child, function), daemon=True)
+        # Ctrl-C is the parent's, which ends the workers: they never see the signal, even while they start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            child.close()
+
+    def give(self, number: int, item: Any) -> None:
+        with self._alive():
+            self.pipe.send(item)
+        self.has.append(number)
+
+    def take(self) -> tuple[int, Any]:
+        with self._alive():
+            result = self.pipe.recv()
+        return self.has.popleft(), result
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join(5)
+            code = self.process.exitcode
+            how = f"exit code {code}" if code is None or code >= 0 else f"signal {-code}"
+            memory = ", perhaps memory ran out" if code == -signal.SIGKILL else ""
+            raise RunError(
+                f"prepare: a worker process died ({how}{memory}); run the same command again, which goes on "
+                "where this one was, or with fewer --workers"
+            ) from None
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.kill()  # it writes no files
+        self.process.join()
+
+
+def _work(pipe: Connection, function: Callable[[Any], Any]) -> None:
+    """A worker's life: it ends with its pipe."""
+    items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
+    while True:
+        try:
+            result: Any = function(items.get())
+        except MegammError as error:
+            result = error
+        except Exception:
+            result = _Failure(traceback.format_exc())
+        try:
+            pipe.send(result)
+        except OSError:
+            os._exit(0)
+
+
+def _receive(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:
+    """Take items at once, so that the parent never waits for a worker that waits for the parent."""
+    try:
+        while True:
+            items.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # the parent is gone, whatever the other thread is doing

@@ -27,7 +27,9 @@ RECIPE = ROOT / "examples" / "quickstart" / "llava.yaml"
 OPTIONS = {
     "doctor": ["--debug", "--json"],
     "prepare": [
-        *["SOURCE", "--debug", "--format", "--images", "--out", "--template", "--tokenizer", "--workers"],
+        *["SOURCE", "--debug", "--format", "--image-checks", "--images", "--instructions"],
+        *["--keep-single-image", "--max-images", "--min-similarity", "--out", "--restart", "--split"],
+        *["--template", "--tokenizer", "--workers"],
     ],
     "prepare tokenizer": [
         *["SOURCE", "--add-token", "--debug", "--format", "--from", "--out", "--template", "--vocab-size"],

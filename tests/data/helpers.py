@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,14 @@ def varied(root: Path, count: int, images: Path, tokenizer: Path) -> Path:
         use = draw.choice(names, draw.integers(0, 4)).tolist()
         entries.append(entry(i, use or None, f"Number {i}?", "It is a thing. " * int(draw.integers(1, 11))))
     return prepared(root, entries, tokenizer, [images]).out
+
+
+def use_chunks(entries: int, set_attribute: Callable[[Any, str, int], None] = setattr) -> None:
+    """Let sources be cut into chunks of so few entries, in this process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megamm.data.formats.", "megamm.data.json_entries")):
+            for constant in {"CHUNK_ENTRIES", "BLOCK_ENTRIES"} & set(vars(module)):
+                set_attribute(module, constant, entries)
 
 
 def prepared(

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,38 @@ def test_random_damage_is_our_error_or_a_smaller_index(tmp_path: Path) -> None:
             continue
         for name, (offset, length) in found.items():
             assert safe_name(name) == name and 0 <= offset <= offset + length <= len(data)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"Z", b"x", b"L"])
+@pytest.mark.parametrize("size", [-1024, -513, 1 << 40, 1 << 62])
+def test_sizes_that_lead_astray(kind: bytes, size: int, tmp_path: Path) -> None:
+    """Backwards, which would never end, or behind the end; and headers too long to be held."""
+    info, _ = member("a")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    header[124] = 0o377 if size < 0 else 0o200
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    good = write_members(tmp_path / "good.tar", [member("b", data=b"x" * 600)]).read_bytes()
+    (tmp_path / "bad.tar").write_bytes(good[:1536] + bytes(header) + good)
+    with pytest.raises(InputError, match=r"bad.tar: .*damaged or cut short"):
+        index_tar(tmp_path / "bad.tar")
+
+
+def test_long_headers_are_not_held(tmp_path: Path) -> None:
+    """An extended header of 64 MiB, in a file that has so many."""
+    info, _ = member("a", tarfile.XHDTYPE)
+    info.size = 1 << 26
+    (tmp_path / "bad.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "bad.tar", 1 << 27)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"bad.tar: .*damaged"):
+            index_tar(tmp_path / "bad.tar")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
 
 
 def test_compressed_and_other_files_are_no_containers(tmp_path: Path, image_folder: Path) -> None:

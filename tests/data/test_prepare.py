@@ -11,7 +11,7 @@ import pytest
 from megamm.data.indexed import FILES, SKIPPED, PreparedDataset
 from megamm.data.manifest import FILE_NAME
 from megamm.data.prepare import prepare, train_tokenizer_from_sources
-from megamm.data.tokenizer import Tokenizer
+from megamm.data.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer
 from megamm.errors import InputError, RunError
 from tests.data.helpers import (
     conversations,
@@ -19,13 +19,15 @@ from tests.data.helpers import (
     entry,
     picture,
     prepared,
+    use_chunks,
     write_source,
     write_tar,
 )
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def pictures(dataset: PreparedDataset) -> list[bytes]:
@@ -40,7 +42,9 @@ def names(image_folder: Path) -> list[str]:
 def test_what_is_written(dataset_dir: Path, tokenizer: Tokenizer, image_folder: Path) -> None:
     dataset = PreparedDataset(dataset_dir)
     assert len(dataset) == 50
-    assert sorted(contents(dataset_dir)) == sorted([*FILES, FILE_NAME])
+    tokenizer_files = [f"tokenizer/{name}" for name in (MODEL_FILE, CONFIG_FILE)]
+    assert sorted(contents(dataset_dir)) == sorted([*FILES, FILE_NAME, *tokenizer_files])
+    assert dataset.tokenizer().sha256 == tokenizer.sha256 == dataset.manifest.tokenizer_sha256
     sample = dataset[1]
     text = tokenizer.decode(sample.tokens, skip_special=False)
     assert text.endswith("USER: <image>\n<image>\nWhat is it, number 1? ASSISTANT: It is thing 1.</s>")
@@ -58,7 +62,7 @@ def test_what_is_written(dataset_dir: Path, tokenizer: Tokenizer, image_folder: 
 def test_bytes_do_not_depend_on_the_workers(
     tmp_path: Path, tokenizer_dir: Path, image_folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megamm.data.prepare.CHUNK_ENTRIES", 7)
+    use_chunks(7, monkeypatch.setattr)
     entries = conversations([*names, "missing.jpg"], 60)
     one = prepared(tmp_path, entries, tokenizer_dir, [image_folder], "one", workers=1)
     two = prepared(tmp_path, entries, tokenizer_dir, [image_folder], "two", workers=2)
@@ -259,11 +263,13 @@ def test_wrong_arguments(tmp_path: Path, tokenizer_dir: Path, image_folder: Path
     }
     wrong = {
         "sources": [([], "none given"), ([tmp_path / "no.json"], "no.json: there is no such file")],
-        "format": [("coco", "choose one of llava")],
+        "format": [("none", "choose one of llava")],
         "tokenizer": [(tmp_path / "no", "cannot read the tokenizer")],
         "images": [([tmp_path / "no"], "neither a folder nor"), ([source], "neither a folder nor")],
-        "template": [("chatml", "choose one of vicuna, plain")],
+        "template": [("chatml", "choose one of .*vicuna.*plain")],
         "workers": [(0, "give 1 or more")],
+        "instructions": [("all", "choose one of infimm, llava, none")],
+        "image_checks": [("some", "choose one of full, header, none")],
     }
     for key, cases in wrong.items():
         for value, message in cases:
