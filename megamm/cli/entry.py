@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamm import __version__
-from megamm.cli import answers, data, doctor, parity, tokenizer, train, weights
+from megamm.cli import answers, data, doctor, inspect, parity, tokenizer, train, weights
 from megamm.errors import MegammError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for module in (doctor, data, tokenizer, weights, train, parity, answers):
+    for module in (doctor, data, tokenizer, inspect, weights, train, parity, answers):
         module.add_parsers(commands)
     return parser
 

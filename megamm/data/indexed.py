@@ -56,8 +56,11 @@ class PreparedDataset:
             They are what the files hold, not verified.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, verify: bool = True):
         """Open and check `directory`.
+
+        Args:
+            verify: False: only that the files fit together, so that what is damaged can be looked at.
 
         Raises:
             InputError: it is no dataset, is damaged, or its images are gone.
@@ -67,7 +70,8 @@ class PreparedDataset:
         files = [name for name in self.manifest.files if not name.startswith(f"{TOKENIZER_FOLDER}/")]
         if sorted(files) != sorted(FILES):
             raise InputError(f"{self.directory}: its manifest names other files than expected; {REMEDY}")
-        self.manifest.check_files(self.directory, HASH_LIMIT)
+        if verify:
+            self.manifest.check_files(self.directory, HASH_LIMIT)
         self._index = TokenFile(self.directory / TOKENS, self.directory / TOKEN_INDEX)
         self.tokens = self._index.tokens
         self.learnt = self._map(LOSS_MASK, np.dtype("u1"))
@@ -77,7 +81,8 @@ class PreparedDataset:
         self._checksums = self._map(CHECKSUMS, np.dtype("<u4"))
         self._check_counts()
         self.store = ImageStore([Container(*entry) for entry in self.manifest.containers])
-        self.store.check()
+        if verify:
+            self.store.check()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -119,6 +124,12 @@ class PreparedDataset:
             raise InputError(f"{self.directory / IMAGE_STARTS}: holds impossible numbers of images; {REMEDY}")
         return ends - starts, images
 
+    def image_sizes(self, images: range) -> np.ndarray:
+        """Width and height in pixels of the images of these records, 0 where they were not looked at: [n, 2]
+        int64."""
+        records = self._images[images.start : images.stop]
+        return np.stack([records["width"], records["height"]], axis=1).astype(np.int64)
+
     def location(self, image: int) -> Location:
         """Where the bytes of an image lie; raises InputError where its sample is damaged."""
         row = int(np.searchsorted(self._image_starts, image, side="right")) - 1
@@ -126,14 +137,11 @@ class PreparedDataset:
             raise IndexError(f"image {image} of {self.num_images}")
         if not 0 <= row < len(self) or image not in self[row].images:
             raise InputError(f"{self.directory / IMAGE_STARTS}: holds impossible numbers of images; {REMEDY}")
-        record = self._images[image]
-        name = self._names[self._name_start(image) : int(record["name_end"])].tobytes()
-        return Location(
-            int(record["container"]),
-            name.decode("utf-8", "surrogateescape"),
-            int(record["offset"]),
-            int(record["length"]),
-        )
+        return self._location(image)
+
+    def locations(self, sample: Sample) -> list[Location]:
+        """Where the bytes of the images of a sample lie that was read, and so verified."""
+        return [self._location(image) for image in sample.images]
 
     def read_image(self, image: int) -> bytes:
         """The encoded bytes of an image. They are compared with their crc32 if `megamm prepare` has read
@@ -191,6 +199,16 @@ class PreparedDataset:
     def _name_start(self, image: int) -> int:
         """Where the name of an image starts in image_names.bin."""
         return int(self._images["name_end"][image - 1]) if image else 0
+
+    def _location(self, image: int) -> Location:
+        record = self._images[image]
+        name = self._names[self._name_start(image) : int(record["name_end"])].tobytes()
+        return Location(
+            int(record["container"]),
+            name.decode("utf-8", "surrogateescape"),
+            int(record["offset"]),
+            int(record["length"]),
+        )
 
     def _crc(self, sample: Sample) -> int:
         """The content crc of a sample as the files have it; -1 if its names cannot be where it says."""

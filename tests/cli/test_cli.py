@@ -34,6 +34,18 @@ OPTIONS = {
     "prepare tokenizer": [
         *["SOURCE", "--add-token", "--debug", "--format", "--from", "--out", "--template", "--vocab-size"],
     ],
+    "data check": [
+        *["DIR", "--debug", "--images", "--json", "--limit", "--list", "--max-images", "--recipe"],
+        *["--sequence-length", "--tokens-per-image", "--workers"],
+    ],
+    "data stats": [
+        *["DIR", "--debug", "--json", "--max-images", "--plot", "--recipe", "--sample", "--sequence-length"],
+        "--tokens-per-image",
+    ],
+    "data preview": [
+        *["DIR", "--debug", "--max-images", "--out", "--recipe", "--rows", "--sample", "--seed"],
+        *["--sequence-length", "--tokens-per-image"],
+    ],
     "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
     "convert export": ["--checkpoint", "--debug", "--family", "--merge-lora", "--out"],
     "convert verify": ["--against", "--checkpoint", "--debug", "--tolerance"],
