@@ -1,4 +1,8 @@
-"""A stored sample becomes a document of at most so many positions; documents become a micro-batch."""
+"""Stored samples become documents of at most so many positions; documents become a micro-batch.
+
+What a document is (which image is cut off, what its labels are) is spelled out in `ops.documents`:
+`kept_ref` and `document_ref`. Here many are handled per call, and nothing is copied before rows are written.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megamm.batch import IGNORE_INDEX, Batch
+from megamm.batch import Batch
+from megamm.ops.documents import Image, Sizes, Stretches, document_sizes, fill_rows, kept_ref
 
 
-class Document(NamedTuple):
-    """One sample, cut to fit, without padding.
+class Documents(NamedTuple):
+    """n samples, each cut to fit its place, not yet written.
 
     Attributes:
-        input_ids, labels: [L] int64, L > 0; see Batch.
-        num_images, num_dropped_images: images that are left, and that truncation took (the last ones).
-        truncated: something was cut off.
-        learnt: at least one position carries loss.
+        samples: as they are stored.
+        sizes: what is left of each.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    num_images: int
-    num_dropped_images: int
-    truncated: bool
-    learnt: bool
+    samples: Stretches
+    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -50,41 +49,22 @@ class Assembler:
         or is one too many; that image and those after it are dropped. A sample that loses everything
         keeps one position of padding.
         """
-        images = np.flatnonzero(tokens == self.image_id)
-        ends = images + 1 + (self.tokens_per_image - 1) * np.arange(1, len(images) + 1)
-        kept = min(len(tokens) + (self.tokens_per_image - 1) * len(images), max_length)
-        num_images = min(int(np.searchsorted(ends, kept, side="right")), max_images)
-        if num_images < len(images):
-            kept = min(kept, int(ends[num_images]) - self.tokens_per_image)
-        return max(kept, 1), num_images
+        return kept_ref(tokens, max_length, max_images, self._image)
 
-    def document(self, tokens: np.ndarray, learnt: np.ndarray, max_length: int, max_images: int) -> Document:
-        """The document of a sample with ids `tokens` [n], learnt where `learnt` [n] is not 0, cut as `kept`
-        says. Its last position predicts nothing."""
-        is_image = tokens == self.image_id
-        num_placeholders = int(is_image.sum())
-        kept, num_images = self.kept(tokens, max_length, max_images)
-        if self.tokens_per_image > 1 and num_placeholders:
-            repeats = np.where(is_image, self.tokens_per_image, 1)
-            tokens, learnt = np.repeat(tokens, repeats), np.repeat(learnt, repeats)
-        input_ids = tokens[:kept].astype(np.int64)
-        if kept == 1 and num_images == 0 and is_image[0]:
-            input_ids[:] = self.pad_id
-        labels = np.full(kept, IGNORE_INDEX, np.int64)
-        targets = learnt[1:kept] != 0
-        np.copyto(labels[:-1], tokens[1:kept], where=targets)
-        return Document(
-            input_ids,
-            labels,
-            num_images,
-            num_placeholders - num_images,
-            kept < len(tokens) or num_images < num_placeholders,
-            bool(targets.any()),
-        )
+    def documents(
+        self, samples: Stretches, max_lengths: Sequence[int], max_images: Sequence[int]
+    ) -> Documents:
+        """The documents of n samples, each cut as `kept` says to its own max_lengths and max_images [n].
+
+        The label of a position is the id behind it, where that is learnt; the last position of a document
+        predicts nothing.
+        """
+        limits = torch.from_numpy(np.array([max_lengths, max_images], np.int64))
+        return Documents(samples, document_sizes(samples, limits[0], limits[1], self._image))
 
     def batch(
         self,
-        documents: Sequence[Document],
+        documents: Documents,
         length: int,
         packed: bool,
         images: Sequence[torch.Tensor],
@@ -99,32 +79,36 @@ class Assembler:
             packed: all documents in one row; otherwise each has its own.
             images: [3, image_size, image_size] each, those of all documents in their order.
         """
-        rows = [documents] if packed else [[document] for document in documents]
-        input_ids = np.full((len(rows), length), self.pad_id, np.int64)
-        labels = np.full((len(rows), length), IGNORE_INDEX, np.int64)
-        position_ids = np.tile(np.arange(length), (len(rows), 1))
-        used = 0
-        for number, row in enumerate(rows):
-            end = 0
-            for document in row:
-                start, end = end, end + len(document.input_ids)
-                input_ids[number, start:end] = document.input_ids
-                labels[number, start:end] = document.labels
-                position_ids[number, start:] = np.arange(length - start)
-            if packed:
-                position_ids[number, end:] = np.arange(length - end)
-            used += end
-        lengths = [len(d.input_ids) for d in documents] if packed else [length] * len(rows)
+        sizes, count = documents.sizes, len(documents.samples.starts)
+        num_rows = 1 if packed else count
+        input_ids, labels, position_ids = fill_rows(
+            documents.samples,
+            sizes,
+            torch.from_numpy(np.zeros(count, np.int64) if packed else np.arange(count)),
+            num_rows,
+            length,
+            self._image,
+            self.pad_id,
+            restart=packed,
+        )
+        used, num_images = int(sizes.positions.sum()), sizes.images
+        lengths = sizes.positions.tolist() if packed else [length] * num_rows
         return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(position_ids),
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
             images=torch.stack(list(images)) if images else torch.empty(0, 3, image_size, image_size),
-            images_per_sample=torch.tensor([sum(d.num_images for d in row) for row in rows]),
-            sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
+            images_per_sample=torch.from_numpy(
+                num_images.sum(keepdims=True) if packed else num_images.copy()
+            ),
+            sample_ids=torch.from_numpy(np.array(sample_ids, np.int64)),
             num_skipped=num_skipped,
             packed=packed,
-            num_padding=input_ids.size - used,
-            num_labels=int((labels != IGNORE_INDEX).sum()),
+            num_padding=num_rows * length - used,
+            num_labels=int(sizes.num_labels.sum()),
             num_pairs=sum(n * n for n in lengths) // 2,
         )
+
+    @property
+    def _image(self) -> Image:
+        return Image(self.image_id, self.tokens_per_image)

@@ -17,7 +17,7 @@ import torch
 
 from megamm.batch import Batch
 from megamm.config import Recipe
-from megamm.data.assemble import Assembler, Document
+from megamm.data.assemble import Assembler, Documents
 from megamm.data.images import ImageError, make_image_loader
 from megamm.data.indexed import PreparedDataset
 from megamm.data.order import hashed, substitute_at
@@ -78,7 +78,8 @@ class BatchMaker:
             InputError: the dataset is damaged.
             RunError: too many samples in a row have unreadable images.
         """
-        slots = [self._slot(place, place.sample, draw=0) for place in places]
+        documents, records = self._documents(places, [place.sample for place in places])
+        slots = [_Slot(place, place.sample, 0, found) for place, found in zip(places, records, strict=True)]
         todo, replaced = slots, 0
         bad_images: list[BadImage] = []
         while todo:
@@ -88,7 +89,8 @@ class BatchMaker:
             for slot in todo:
                 self._replace(slot, bad_images[-1])
         recipe, data = self.recipe, self.recipe.data
-        documents = [slot.document for slot in slots]
+        if replaced:
+            documents, _ = self._documents(places, [slot.sample for slot in slots])
         batch = self._assembler.batch(
             documents,
             data.sequence_length * (recipe.training.micro_batch_size if data.pack else 1),
@@ -98,12 +100,13 @@ class BatchMaker:
             [slot.sample for slot in slots],
             replaced,
         )
+        sizes = documents.sizes
         return Made(
             batch,
             bad_images,
-            truncated=sum(document.truncated for document in documents),
-            without_loss=sum(not document.learnt for document in documents),
-            dropped_images=sum(document.num_dropped_images for document in documents),
+            truncated=int(sizes.truncated.sum()),
+            without_loss=int((sizes.num_labels == 0).sum()),
+            dropped_images=int((sizes.placeholders - sizes.images).sum()),
         )
 
     def close(self) -> None:
@@ -111,15 +114,20 @@ class BatchMaker:
         self._readers.shutdown()
         self.image_loader.close()
 
-    def _slot(self, place: Place, sample: int, draw: int) -> _Slot:
-        stored = self.dataset[sample]
-        document = self._assembler.document(stored.tokens, stored.learnt, place.length, place.images)
-        if document.num_images + document.num_dropped_images != len(stored.images):
+    def _documents(self, places: Sequence[Place], samples: Sequence[int]) -> tuple[Documents, list[range]]:
+        """(documents, image records of each) of samples, cut to fit their places."""
+        stored = self.dataset.samples(np.array(samples, np.int64))
+        documents = self._assembler.documents(
+            stored.stretches, [place.length for place in places], [place.images for place in places]
+        )
+        other = np.flatnonzero(documents.sizes.placeholders != stored.num_images)
+        if len(other):
             raise InputError(
-                f"{self.dataset.directory}: sample {sample} has other images than placeholders; "
+                f"{self.dataset.directory}: sample {samples[other[0]]} has other images than placeholders; "
                 "the dataset is damaged, run `megamm prepare` again"
             )
-        return _Slot(place, sample, draw, document, stored.images[: document.num_images])
+        kept = documents.sizes.images.tolist()
+        return documents, [stored.images(number)[:count] for number, count in enumerate(kept)]
 
     def _load_images(self, slots: Sequence[_Slot]) -> list[BadImage]:
         """Read and decode the images of `slots`; a slot is `bad` if any of its images is. The bad ones."""
@@ -165,9 +173,8 @@ class BatchMaker:
                 f"check the images, the last one: {self.dataset.location(last.image).name} {last.reason}"
             )
         slot.tried.append(slot.sample)
-        draw, sample = self._substitute(slot)
-        other = self._slot(slot.place, sample, draw)
-        slot.sample, slot.draw, slot.document, slot.records = sample, draw, other.document, other.records
+        slot.draw, slot.sample = self._substitute(slot)
+        _, (slot.records,) = self._documents([slot.place], [slot.sample])
 
     def _substitute(self, slot: _Slot) -> tuple[int, int]:
         """(number of the draw, sample) of the next substitute."""
@@ -191,7 +198,6 @@ class _Slot:
     place: Place
     sample: int
     draw: int
-    document: Document
     records: range
     images: list[torch.Tensor] = field(default_factory=list)
     bad: bool = False

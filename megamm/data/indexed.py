@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from megamm.data.image_header import ImageError
 from megamm.data.image_store import Container, ImageStore, Location, safe_name
 from megamm.data.manifest import TOKENIZER_FOLDER, Manifest
-from megamm.data.sample_checksum import IMAGE_RECORD, at_row, content_crc
+from megamm.data.sample_checksum import IMAGE_RECORD, at_row, content_crc, content_crcs, of_rows
+from megamm.data.samples import Samples
 from megamm.data.token_file import REMEDY, TokenFile, map_file, token_dtype
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
+from megamm.ops.documents import Stretches, as_tensor
 
 TOKENS, TOKEN_INDEX, LOSS_MASK = "tokens.bin", "tokens.idx", "loss_mask.bin"
 IMAGE_STARTS, IMAGES, IMAGE_NAMES = "image_starts.bin", "images.bin", "image_names.bin"
@@ -80,6 +83,8 @@ class PreparedDataset:
         self._names = self._map(IMAGE_NAMES, np.dtype("u1"))
         self._checksums = self._map(CHECKSUMS, np.dtype("<u4"))
         self._check_counts()
+        self._flat = as_tensor(self.tokens), as_tensor(self.learnt)
+        self._flat_names = as_tensor(self._names)
         self.store = ImageStore([Container(*entry) for entry in self.manifest.containers])
         if verify:
             self.store.check()
@@ -103,6 +108,28 @@ class PreparedDataset:
         ):
             raise InputError(f"{self.directory}: sample {row} is damaged; run `megamm prepare` again")
         return sample
+
+    def samples(self, rows: np.ndarray) -> Samples:
+        """The samples `rows` [n], verified: much cheaper than one by one.
+
+        Raises:
+            InputError: one of them is damaged. IndexError: there is none of that number.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows up to {rows.max()} of {len(self)}")
+        starts, ends = self._index.spans(rows)
+        first, last = self._image_starts[rows], self._image_starts[rows + 1]
+        good = (first >= 0) & (first <= last) & (last <= self.num_images) & (last - first <= ends - starts)
+        found = Samples(
+            Stretches(*self._flat, torch.from_numpy(starts), torch.from_numpy(ends)),
+            np.where(good, first, 0),
+            np.where(good, last - first, 0),
+        )
+        wrong = content_crcs(found, self._images, self._flat_names) != of_rows(self._checksums[rows], rows)
+        if (wrong | ~good).any():
+            row = rows[np.flatnonzero(wrong | ~good)[0]]
+            raise InputError(f"{self.directory}: sample {row} is damaged; run `megamm prepare` again")
+        return found
 
     def starts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the samples `rows` [n] lie in `tokens` and `learnt`: the first and behind the last, both [n].

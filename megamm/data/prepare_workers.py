@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -105,6 +106,7 @@ class _Worker:
         self.pipe, child = context.Pipe()
         self.process = context.Process(target=_work, args=(child, function), daemon=True)
         # Ctrl-C is the parent's, which ends the workers: they never see the signal, even while they start.
+        resource_tracker.ensure_running()  # which lifts the block when it starts
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()

@@ -10,6 +10,10 @@ import struct
 import zlib
 
 import numpy as np
+import torch
+
+from megamm.data.samples import Samples
+from megamm.ops.crc32 import Part, crc32_rows
 
 IMAGE_RECORD = np.dtype(
     [
@@ -48,3 +52,42 @@ def at_rows(crcs: np.ndarray, first: int) -> np.ndarray:
 def at_row(crc: int, row: int) -> int:
     """`at_rows` of one sample."""
     return crc ^ (row * _FACTOR & 0xFFFFFFFF)
+
+
+def content_crcs(samples: Samples, images: np.ndarray, names: torch.Tensor) -> np.ndarray:
+    """`content_crc` of n samples in one call: [n] int64, -1 where the names cannot be where the records say.
+
+    Args:
+        images, names: the records and the names of all images of the dataset; those of the samples exist.
+    """
+    (tokens, learnt, starts, ends), first, counts = samples
+    behind = np.cumsum(counts)
+    before, count = behind - counts, len(counts)
+    records = images[np.arange(counts.sum()) + np.repeat(first - before, counts)]
+    name_starts, name_ends = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    has = counts > 0
+    later = has & (first > 0)
+    name_starts[later] = images["name_end"][first[later] - 1]
+    name_ends[has] = records["name_end"][behind[has] - 1]
+    lost = (name_starts < 0) | (name_starts > name_ends) | (name_ends > len(names))
+    name_starts[lost] = name_ends[lost] = 0
+    records["name_end"] -= np.repeat(name_starts, counts)
+    sizes = torch.stack([ends - starts, torch.from_numpy(counts)], dim=1)
+    numbers = torch.arange(count + 1)
+    parts = [
+        Part(sizes, numbers[:-1], numbers[1:]),
+        Part(tokens, starts, ends),
+        Part(learnt, starts, ends),
+        Part(
+            torch.from_numpy(records.view("u1").reshape(-1, IMAGE_RECORD.itemsize)),
+            *map(torch.from_numpy, (before, behind)),
+        ),
+        Part(names, *map(torch.from_numpy, (name_starts, name_ends))),
+    ]
+    crcs = crc32_rows(parts, torch.zeros(count, dtype=torch.int64)).numpy()
+    return np.where(lost, -1, crcs)
+
+
+def of_rows(checksums: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The content crcs of which `at_rows` gave the stored checksums [n] of the samples `rows` [n]: int64."""
+    return (checksums ^ (rows.astype(np.uint64) * np.uint64(_FACTOR)).astype("<u4")).astype(np.int64)

@@ -13,12 +13,14 @@ import torch
 
 from megamm.batch import Batch
 from megamm.config import Recipe
-from megamm.data.assemble import Assembler, Document
+from megamm.data.assemble import Assembler
+from megamm.ops.documents import Stretches
 from megamm.parity.shrink import IMAGE_ID
 
 # images of the samples, in turn: micro-batches of two have different numbers, and one has none at all
 _NUM_IMAGES = (1, 2, 2, 0, 0, 0, 1, 1)
 _PAD_ID = 0
+_Sample = tuple[np.ndarray, np.ndarray]
 
 
 def synthetic_batch(recipe: Recipe, index: int) -> Batch:
@@ -27,12 +29,14 @@ def synthetic_batch(recipe: Recipe, index: int) -> Batch:
     size, length = recipe.training.micro_batch_size, recipe.data.sequence_length
     assembler = Assembler(recipe.model.tokens_per_image, IMAGE_ID, _PAD_ID)
     packed = recipe.data.pack
-    documents = list(_packed(recipe, assembler, index, rng)) if packed else []
+    samples = list(_packed(recipe, assembler, index, rng)) if packed else []
     for row in range(0 if packed else size):
         tokens = rng.integers(length * 2 // 3, length + 1)
-        documents.append(_document(recipe, assembler, index * size + row, int(tokens), rng))
+        samples.append(_sample(recipe, assembler, index * size + row, int(tokens), rng))
+    limits = [length] * len(samples), [recipe.data.max_images] * len(samples)
+    documents = assembler.documents(Stretches.of(samples), *limits)
     pixels = recipe.model.vision.image_size
-    num_images = sum(document.num_images for document in documents)
+    num_images = int(documents.sizes.images.sum())
     images = rng.standard_normal((num_images, 3, pixels, pixels), dtype=np.float32)
     # the first sample's number tells micro-batches apart
     return assembler.batch(
@@ -41,28 +45,30 @@ def synthetic_batch(recipe: Recipe, index: int) -> Batch:
         packed,
         list(torch.from_numpy(images)),
         pixels,
-        sample_ids=[index * 1000 + number for number in range(len(documents))],
+        sample_ids=[index * 1000 + number for number in range(len(samples))],
         num_skipped=0,
     )
 
 
-def _packed(recipe: Recipe, assembler: Assembler, index: int, rng: np.random.Generator) -> Iterator[Document]:
-    """Documents for one packed row, that leave some padding."""
+def _packed(recipe: Recipe, assembler: Assembler, index: int, rng: np.random.Generator) -> Iterator[_Sample]:
+    """Samples for one packed row, that leave some padding."""
     size, length = recipe.training.micro_batch_size, recipe.data.sequence_length
     room, images, number = size * length - 3, size * recipe.data.max_images, index * 3
     while room >= length // 2:
         tokens = int(rng.integers(length // 3, min(length, room) + 1))
-        document = _document(recipe, assembler, number, tokens, rng)
-        if document.num_images > images:
+        sample = _sample(recipe, assembler, number, tokens, rng)
+        positions, wanted = assembler.kept(sample[0], length, recipe.data.max_images)
+        if wanted > images:
             return
-        yield document
-        room, images, number = room - len(document.input_ids), images - document.num_images, number + 1
+        yield sample
+        room, images, number = room - positions, images - wanted, number + 1
 
 
-def _document(
+def _sample(
     recipe: Recipe, assembler: Assembler, number: int, length: int, rng: np.random.Generator
-) -> Document:
-    """A sample of about `length` positions: a question that carries no loss, images, an answer."""
+) -> _Sample:
+    """(ids, which of them are learnt) of a sample of about `length` positions: a question that carries no
+    loss, images, an answer."""
     span = assembler.tokens_per_image
     wanted = min(_NUM_IMAGES[number % len(_NUM_IMAGES)], recipe.data.max_images)
     num_images = min(wanted, (length - 4) // span)
@@ -73,4 +79,4 @@ def _document(
     tokens[places] = IMAGE_ID
     learnt = np.arange(num_tokens) >= min(2 + number % 5, num_tokens - 1)
     learnt[places] = False
-    return assembler.document(tokens, learnt, recipe.data.sequence_length, recipe.data.max_images)
+    return tokens, learnt

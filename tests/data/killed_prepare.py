@@ -1,6 +1,6 @@
 """A program that test_prepare_resume starts: `megamm prepare` killed at chosen operations on files.
 
-    python killed_prepare.py SOURCE IMAGES TOKENIZER OUT [KILL_AT ...]
+    python -m tests.data.killed_prepare SOURCE IMAGES TOKENIZER OUT [KILL_AT ...]
 
 Runs prepare in a child once for every KILL_AT, which is killed (SIGKILL) before its file operation of that
 number, and once more to the end. Prints as JSON how many operations the last run had and how many chunks it

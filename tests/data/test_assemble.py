@@ -7,18 +7,28 @@ import pytest
 import torch
 
 from megamm.batch import IGNORE_INDEX, Batch
-from megamm.data.assemble import Assembler, Document
+from megamm.data.assemble import Assembler
+from megamm.ops import documents as operators
+from megamm.ops.documents import Stretches
+from tests.data import documents
+from tests.data.documents import Document
 
 IMAGE, PAD = 9, 0
 _ = IGNORE_INDEX  # short, for rows of labels
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["compiled", "numpy"])
+def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not operators._FUSED:
+        pytest.skip("the extension is not built")
+    monkeypatch.setattr(operators, "_FUSED", request.param)
+
+
 def document(
     tokens: list[int], learnt: list[int], length: int, per_image: int = 3, max_images: int = 8
 ) -> Document:
-    return Assembler(per_image, IMAGE, PAD).document(
-        np.array(tokens, np.uint16), np.array(learnt, np.uint8), length, max_images
-    )
+    assembler = Assembler(per_image, IMAGE, PAD)
+    return documents.document(assembler, np.array(tokens), np.array(learnt), length, max_images)
 
 
 def check(
@@ -118,10 +128,12 @@ SAMPLES = [([1, 9, 5], [0, 0, 1]), ([1, 5], [0, 1]), ([9, 9, 5], [0, 0, 1])]
 
 
 def collated(samples: list[tuple[list[int], list[int]]], length: int, packed: bool) -> Batch:
-    documents = [document(*sample, 8) for sample in samples]
-    images = [torch.full((3, 4, 4), float(i)) for i in range(sum(d.num_images for d in documents))]
+    stored = Stretches.of([(np.array(tokens), np.array(learnt)) for tokens, learnt in samples])
+    assembler = Assembler(3, IMAGE, PAD)
+    found = assembler.documents(stored, [8] * len(samples), [8] * len(samples))
+    images = [torch.full((3, 4, 4), float(i)) for i in range(int(found.sizes.images.sum()))]
     ids = [7, 3, 5][: len(samples)]
-    return Assembler(3, IMAGE, PAD).batch(documents, length, packed, images, 4, ids, 1)
+    return assembler.batch(found, length, packed, images, 4, ids, 1)
 
 
 def test_padded_rows() -> None:

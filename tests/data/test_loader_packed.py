@@ -10,13 +10,14 @@ import pytest
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
-from megamm.data.assemble import Assembler, Document
+from megamm.data.assemble import Assembler
 from megamm.data.balance import Cost
 from megamm.data.indexed import PreparedDataset
 from megamm.data.loader import BatchLoader
 from megamm.data.order import sample_at, substitute_at
 from megamm.data.step_plan import Place, StepPlanner
 from megamm.data.tokenizer import Tokenizer
+from tests.data import documents
 from tests.data.helpers import entry, prepared, recipe, varied, write_images
 
 S, PER_IMAGE = 256, 4
@@ -48,10 +49,10 @@ def split(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 def document(
     dataset: PreparedDataset, tokenizer: Tokenizer, sample: int, length: int = S, images: int = 8
-) -> Document:
+) -> documents.Document:
     stored = dataset[sample]
     assembler = Assembler(PER_IMAGE, tokenizer.image_id, tokenizer.pad_id)
-    return assembler.document(stored.tokens, stored.learnt, length, images)
+    return documents.document(assembler, stored.tokens, stored.learnt, length, images)
 
 
 def test_rows_hold_the_samples_of_the_epochs(
@@ -63,9 +64,9 @@ def test_rows_hold_the_samples_of_the_epochs(
         while end < 2 * 60:
             step: list[int] = []
             for batch in islice(loader, 4):
-                documents = split(batch)
+                found = split(batch)
                 wanted = [document(dataset, tokenizer, int(sample)) for sample in batch.sample_ids]
-                assert documents == [(d.input_ids.tolist(), d.labels.tolist()) for d in wanted]
+                assert found == [(d.input_ids.tolist(), d.labels.tolist()) for d in wanted]
                 assert batch.images_per_sample.tolist() == [sum(d.num_images for d in wanted)]
                 assert batch.num_images == int(batch.images_per_sample) <= 2 * 8
                 assert int((batch.input_ids == tokenizer.image_id).sum()) == PER_IMAGE * batch.num_images

@@ -25,7 +25,7 @@ from megamm.errors import InputError, RunError
 from tests.data.helpers import conversations, prepared, use_chunks, write_source, write_tar
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("killed_prepare.py")
+PROGRAM = "tests.data.killed_prepare"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -58,10 +58,10 @@ def test_killed_at_any_operation(
     source = write_source(tmp_path / "source.json", entries)
 
     def run(*kills: int) -> dict[str, int]:
-        command = [sys.executable, str(PROGRAM), *map(str, (source, images, tokenizer_dir, tmp_path / "out"))]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", PROGRAM]
+        command += map(str, (source, images, tokenizer_dir, tmp_path / "out"))
         done = subprocess.run(
-            [*command, *map(str, kills)], env=env, stdout=subprocess.PIPE, check=True, timeout=60
+            [*command, *map(str, kills)], cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=60
         )
         return json.loads(done.stdout)
 

@@ -14,6 +14,7 @@ from megamm.data.balance import UNIT, Cost
 from megamm.data.indexed import Sample
 from megamm.data.order import samples_at
 from megamm.data.step_plan import StepPlan, StepPlanner
+from tests.data.documents import document
 
 IMAGE, PER_IMAGE, S, MAX_IMAGES = 9, 5, 64, 3
 
@@ -90,15 +91,11 @@ def test_packed_rows_hold_whole_samples(micro: int) -> None:
             assert sum(place.images for place in places) <= micro * MAX_IMAGES
             for place in places:
                 stored = dataset[place.sample]
-                document = Assembler(PER_IMAGE, IMAGE, 0).document(
-                    stored.tokens, stored.learnt, S, MAX_IMAGES
-                )
-                assert (len(document.input_ids), document.num_images) == (place.length, place.images)
-                again = Assembler(PER_IMAGE, IMAGE, 0).document(
-                    stored.tokens, stored.learnt, place.length, place.images
-                )
-                assert np.array_equal(again.input_ids, document.input_ids)
-                assert np.array_equal(again.labels, document.labels)
+                sample = Assembler(PER_IMAGE, IMAGE, 0), stored.tokens, stored.learnt
+                found, again = document(*sample, S, MAX_IMAGES), document(*sample, place.length, place.images)
+                assert (len(found.input_ids), found.num_images) == (place.length, place.images)
+                assert np.array_equal(again.input_ids, found.input_ids)
+                assert np.array_equal(again.labels, found.labels)
 
 
 @pytest.mark.parametrize("pack", [False, True])

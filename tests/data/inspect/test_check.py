@@ -23,6 +23,7 @@ from megamm.data.inspect.pool import Pool
 from megamm.data.inspect.repeats import repeats, scratch
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError, RunError
+from tests.data.documents import document as document_of
 from tests.data.helpers import encode, picture, write_images, write_tar
 from tests.data.inspect.damage import Planted, start_squares, write_dataset
 
@@ -210,7 +211,7 @@ def test_limits_cut_as_training_does(tokenizer: Tokenizer) -> None:
         tokens = draw.choice([5, 6, 7, image_id], draw.integers(1, 40), p=[0.3, 0.3, 0.2, 0.2])
         learnt = ((draw.random(len(tokens)) < 0.2) & (tokens != image_id)).astype(np.uint8)
         assembler = Assembler(limits.tokens_per_image, image_id, 0)
-        document = assembler.document(tokens, learnt, limits.sequence_length or 0, limits.max_images or 0)
+        document = document_of(assembler, tokens, learnt, limits.sequence_length or 0, limits.max_images or 0)
         left = limits.cut(tokens, learnt, image_id)
         images = np.array([np.count_nonzero(tokens == image_id)])
         assert (left.positions, left.images) == (len(document.input_ids), document.num_images)

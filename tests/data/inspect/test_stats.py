@@ -17,6 +17,7 @@ from megamm.data.inspect.plot import _edges, _panels, draw, write_plot
 from megamm.data.inspect.stats import collect
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import RunError
+from tests.data.documents import document
 from tests.data.helpers import varied
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -48,7 +49,7 @@ def test_statistics_are_those_of_the_samples(dataset: Path, tokenizer: Tokenizer
     stored = PreparedDataset(dataset)
     samples = [stored[row] for row in range(len(stored))]
     assembler = Assembler(16, tokenizer.image_id, 0)
-    documents = [assembler.document(s.tokens, s.learnt, 150, 2) for s in samples]
+    documents = [document(assembler, s.tokens, s.learnt, 150, 2) for s in samples]
     whole = [len(s.tokens) + 15 * len(s.images) for s in samples]
     cut = [d for d in documents if d.truncated]
     assert 20 < len(cut) < 280
