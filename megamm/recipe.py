@@ -66,7 +66,11 @@ def recipe_from_dict(raw: Mapping[str, Any], source: str = "recipe", overrides: 
     for section, file in PRESET_SECTIONS.items():
         _merge_preset(given, section, file, source)
     for key in PATH_KEYS:
-        _expand_home(given, key)
+        _expand_home(_get_section(given, key.rpartition(".")[0]), key.rpartition(".")[2], key)
+    sources = _get_section(given, "data").get("train")
+    for i, entry in enumerate(sources if isinstance(sources, list) else ()):
+        if isinstance(entry, dict):
+            _expand_home(entry, "path", f"data.train[{i}].path")
     recipe = _build(given, Recipe, "", source)
     validate(recipe)
     return recipe
@@ -164,7 +168,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if key not in types:
         raise _unknown_key(f"override {text!r}", key)
     parsed = _parse_yaml(value, f"override {text!r}")
-    if not isinstance(parsed, str) and str in _alternatives(types[key]) and value not in ("null", "~"):
+    takes_text = str in _alternatives(types[key]) and value not in ("null", "~")
+    takes_lists = any(get_origin(kind) is list for kind in _alternatives(types[key]))
+    if takes_text and not isinstance(parsed, str) and not (takes_lists and isinstance(parsed, (list, dict))):
         parsed = value
     return key, parsed
 
@@ -209,12 +215,14 @@ def _section(raw: Any, cls: type, prefix: str, source: str) -> dict[str, Any]:
     """A copy of a mapping whose keys were all found in `cls`; an empty section counts as {}."""
     if raw is None:
         return {}
+    name = prefix.rstrip(".")
     if not isinstance(raw, Mapping):
-        name = prefix.rstrip(".")
         raise InputError(f"{source}: {name} is a section, not {_shown(raw)}; indent its keys under it")
     hints, result = _hints(cls), {}
     for key, value in raw.items():
         if not isinstance(key, str) or key not in hints:
+            if name.endswith("]"):  # an item of a list
+                raise InputError(f"{source}: unknown key {prefix}{key}; {name} may have {', '.join(hints)}")
             raise _unknown_key(source, f"{prefix}{key}")
         kind = hints[key]
         result[key] = _section(value, kind, f"{prefix}{key}.", source) if _is_section(kind) else value
@@ -229,15 +237,13 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _get_section(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
-    for name in dotted.split("."):
+    for name in filter(None, dotted.split(".")):
         tree = tree.setdefault(name, {})
     return tree
 
 
-def _expand_home(tree: dict[str, Any], key: str) -> None:
-    *sections, leaf = key.split(".")
-    for name in sections:
-        tree = tree.get(name, {})
+def _expand_home(tree: dict[str, Any], leaf: str, key: str) -> None:
+    """`~` in the value of `leaf`, which is `key` in full."""
     value = tree.get(leaf)
     if not isinstance(value, str) or not value.startswith("~"):
         return
@@ -295,6 +301,10 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 def _typed(value: Any, kind: Any, key: str, source: str) -> Any:
     for alternative in _alternatives(kind):
+        if isinstance(value, list) and _is_list_of_sections(alternative):
+            return [
+                _item(item, get_args(alternative)[0], f"{key}[{i}]", source) for i, item in enumerate(value)
+            ]
         accepted, result = _convert(value, alternative)
         if accepted:
             return result
@@ -304,10 +314,21 @@ def _typed(value: Any, kind: Any, key: str, source: str) -> Any:
     raise InputError(f"{source}: {key} is {_shown(value)}; it must be {_expected(kind)}{hint}")
 
 
+def _is_list_of_sections(kind: Any) -> bool:
+    return get_origin(kind) is list and _is_section(get_args(kind)[0])
+
+
+def _item(value: Any, cls: type, key: str, source: str) -> Any:
+    """An item of a list, as an instance of the dataclass `cls`."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{source}: {key} is {_shown(value)}; it must be {_expected(cls)}")
+    return _build(_section(value, cls, f"{key}.", source), cls, f"{key}.", source)
+
+
 def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
     """(fits, value as `kind`). Whole floats count as integers (1e4 steps), integers as floats."""
     if get_origin(kind) is list:
-        if not isinstance(value, list):
+        if not isinstance(value, list) or _is_list_of_sections(kind):
             return False, None
         items = [_convert(item, get_args(kind)[0]) for item in value]
         return all(fits for fits, _ in items), [item for _, item in items]
@@ -332,6 +353,8 @@ def _expected(kind: Any) -> str:
             parts.append(f"a list [..] whose items are {_expected(get_args(alternative)[0])}")
         elif get_origin(alternative) is Literal:
             parts.append("one of " + ", ".join(get_args(alternative)))
+        elif _is_section(alternative):
+            parts.append("{..} with " + ", ".join(_hints(alternative)))
         else:
             parts.append(names.get(alternative, "null"))
     return " or ".join(parts)

@@ -19,14 +19,17 @@ class Cost:
     Attributes:
         image: encoding an image, in positions of the language model without attention.
         attention: of one position to one other, in the same unit.
+        window: positions attend to at most this many before them; None: to all.
     """
 
     image: float = 1.0
     attention: float = 0.0
+    window: int | None = None
 
     def of(self, lengths: np.ndarray, images: np.ndarray) -> np.ndarray:
         """[n] int64 costs in 1/UNIT positions of samples of `lengths` [n] positions and `images` [n]."""
-        seen = lengths.astype(np.float64) * lengths / 2  # each position attends to those before it
+        near = lengths if self.window is None else np.minimum(lengths, self.window)
+        seen = near * (lengths - near / 2)  # each position attends to those before it
         return np.rint(UNIT * (self.attention * seen + self.image * images)).astype(np.int64)
 
 

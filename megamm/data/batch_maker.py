@@ -2,15 +2,15 @@
 
 `indexed` reads the tokens of each sample -> `assemble` makes documents -> their images are read and decoded
 together -> a sample with a bad image is replaced -> batch. Nothing here remembers what came before, so
-any process may make any micro-batch.
+any process may make any micro-batch: a thread of the training process (`MakeHere`), or others (workers.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,16 @@ import torch
 from megamm.batch import Batch
 from megamm.config import Recipe
 from megamm.data.assemble import Assembler, Documents
+from megamm.data.balance import Cost
+from megamm.data.concatenated import ConcatenatedDataset
+from megamm.data.image_header import check_length
 from megamm.data.images import ImageError, make_image_loader
-from megamm.data.indexed import PreparedDataset
-from megamm.data.order import hashed, substitute_at
+from megamm.data.order import hashed
+from megamm.data.quarantine import KILLS, FileName, file_name
 from megamm.data.step_plan import Place, StepPlanner
 from megamm.errors import InputError, RunError
+
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 32  # replacements of one sample; so many bad ones in a row mean that the images are gone
 MAX_DRAWS = 64  # substitutes that are looked at for one that need not be cut to fit a place in a packed row
@@ -52,6 +57,55 @@ class Made(NamedTuple):
     dropped_images: int
 
 
+class Ingredients(NamedTuple):
+    """All that a process needs in order to make micro-batches.
+
+    Attributes:
+        image_id, pad_id: of the tokenizer.
+        cost: what samples cost, for data.balance.
+    """
+
+    recipe: Recipe
+    image_id: int
+    pad_id: int
+    cost: Cost
+
+    def open_dataset(self) -> ConcatenatedDataset:
+        """What data.train names.
+
+        Raises:
+            InputError: there is nothing, or one dataset is missing or damaged.
+        """
+        return ConcatenatedDataset.open(self.recipe.data)
+
+    def planner(self, dataset: ConcatenatedDataset) -> StepPlanner:
+        """The planner of the recipe's steps."""
+        return StepPlanner(dataset, self._assembler(), self.recipe, self.cost)
+
+    def maker(self, dataset: ConcatenatedDataset) -> BatchMaker:
+        """The maker of their micro-batches."""
+        return BatchMaker(dataset, self.planner(dataset), self._assembler(), self.recipe)
+
+    def _assembler(self) -> Assembler:
+        return Assembler(self.recipe.model.tokens_per_image, self.image_id, self.pad_id)
+
+
+class MakeHere:
+    """Makes micro-batches in the thread that asks for them."""
+
+    def __init__(self, maker: BatchMaker, refused: Set[FileName]):
+        self._maker, self._refused = maker, refused
+
+    def run(self, jobs: Iterator[tuple[Sequence[Place], T]]) -> Iterator[tuple[Made, T]]:
+        """The micro-batch of each of `jobs`, with the mark that came with its places."""
+        for places, mark in jobs:
+            yield self._maker.make(places, self._refused), mark
+
+    def close(self) -> None:
+        """Stop the maker."""
+        self._maker.close()
+
+
 class BatchMaker:
     """Makes micro-batches of a recipe over a dataset.
 
@@ -63,7 +117,9 @@ class BatchMaker:
         image_loader: the one in use.
     """
 
-    def __init__(self, dataset: PreparedDataset, planner: StepPlanner, assembler: Assembler, recipe: Recipe):
+    def __init__(
+        self, dataset: ConcatenatedDataset, planner: StepPlanner, assembler: Assembler, recipe: Recipe
+    ):
         self.dataset, self.recipe = dataset, recipe
         self._planner, self._assembler = planner, assembler
         self.image_loader = make_image_loader(
@@ -71,8 +127,17 @@ class BatchMaker:
         )
         self._readers = ThreadPoolExecutor(max(1, recipe.data.image.num_workers))
 
-    def make(self, places: Sequence[Place]) -> Made:
+    def make(
+        self,
+        places: Sequence[Place],
+        refused: Set[FileName] = frozenset(),
+        announce: Callable[[FileName], None] | None = None,
+    ) -> Made:
         """The micro-batch of `places`.
+
+        Args:
+            refused: images that are known to kill the process that decodes them; they count as bad.
+            announce: is told of every image before it is decoded, alone; nothing else changes.
 
         Raises:
             InputError: the dataset is damaged.
@@ -83,7 +148,7 @@ class BatchMaker:
         todo, replaced = slots, 0
         bad_images: list[BadImage] = []
         while todo:
-            bad_images += self._load_images(todo)
+            bad_images += self._load_images(todo, refused, announce)
             todo = [slot for slot in todo if slot.bad]
             replaced += sum(slot.draw == 0 for slot in todo)
             for slot in todo:
@@ -91,9 +156,10 @@ class BatchMaker:
         recipe, data = self.recipe, self.recipe.data
         if replaced:
             documents, _ = self._documents(places, [slot.sample for slot in slots])
+        length = self._planner.groups[places[0].group].sequence_length
         batch = self._assembler.batch(
             documents,
-            data.sequence_length * (recipe.training.micro_batch_size if data.pack else 1),
+            length * (recipe.training.micro_batch_size if data.pack else 1),
             data.pack,
             [image for slot in slots for image in slot.images],
             recipe.model.vision.image_size,
@@ -122,27 +188,23 @@ class BatchMaker:
         )
         other = np.flatnonzero(documents.sizes.placeholders != stored.num_images)
         if len(other):
+            directory, row = self.dataset.origin(samples[other[0]])
             raise InputError(
-                f"{self.dataset.directory}: sample {samples[other[0]]} has other images than placeholders; "
+                f"{directory}: sample {row} has other images than placeholders; "
                 "the dataset is damaged, run `megamm prepare` again"
             )
         kept = documents.sizes.images.tolist()
         return documents, [stored.images(number)[:count] for number, count in enumerate(kept)]
 
-    def _load_images(self, slots: Sequence[_Slot]) -> list[BadImage]:
+    def _load_images(
+        self, slots: Sequence[_Slot], refused: Set[FileName], announce: Callable[[FileName], None] | None
+    ) -> list[BadImage]:
         """Read and decode the images of `slots`; a slot is `bad` if any of its images is. The bad ones."""
         bad_images = []
         jobs = [(slot, place) for slot in slots for place in range(len(slot.records))]
-        read = list(self._readers.map(lambda job: self._read(job[0].records[job[1]]), jobs))
-        decoded = iter(
-            self.image_loader.load(
-                [data for data in read if isinstance(data, bytes)],
-                [
-                    self._key(slot, place)
-                    for (slot, place), data in zip(jobs, read, strict=True)
-                    if isinstance(data, bytes)
-                ],
-            )
+        read = list(self._readers.map(lambda job: self._read(job[0].records[job[1]], refused), jobs))
+        decoded = self._decode(
+            [(*job, data) for job, data in zip(jobs, read, strict=True) if isinstance(data, bytes)], announce
         )
         for slot in slots:
             slot.images, slot.bad = [], False
@@ -155,12 +217,28 @@ class BatchMaker:
                 bad_images.append(BadImage(slot.records[place], slot.sample, slot.place.index, str(result)))
         return bad_images
 
+    def _decode(
+        self, encoded: Sequence[tuple[_Slot, int, bytes]], announce: Callable[[FileName], None] | None
+    ) -> Iterator[torch.Tensor | ImageError]:
+        """Of images by slot and place in it: all together or, if each is to be announced, one by one."""
+        keys = [self._key(slot, place) for slot, place, _ in encoded]
+        if announce is None:
+            yield from self.image_loader.load([data for _, _, data in encoded], keys)
+            return
+        for (slot, place, data), key in zip(encoded, keys, strict=True):
+            announce(file_name(self.dataset, slot.records[place]))
+            yield from self.image_loader.load([data], [key])
+
     def _key(self, slot: _Slot, number: int) -> int:
         """What decides the augmentation of an image: its place in the training order."""
-        return hashed(self.recipe.seed, self.recipe.stage, "image", slot.place.index, slot.draw, number)
+        group = self._planner.groups[slot.place.group]
+        return hashed(self.recipe.seed, group.key, "image", slot.place.index, slot.draw, number)
 
-    def _read(self, image: int) -> bytes | ImageError:
+    def _read(self, image: int, refused: Set[FileName]) -> bytes | ImageError:
+        if refused and file_name(self.dataset, image) in refused:
+            return ImageError(KILLS)
         try:
+            check_length(self.dataset.location(image).length)
             return self.dataset.read_image(image)
         except ImageError as error:
             return error
@@ -178,12 +256,10 @@ class BatchMaker:
 
     def _substitute(self, slot: _Slot) -> tuple[int, int]:
         """(number of the draw, sample) of the next substitute."""
-        recipe, place, size = self.recipe, slot.place, len(self.dataset)
+        place, group = slot.place, self._planner.groups[slot.place.group]
         draws = range(slot.draw + 1, slot.draw + 1 + MAX_DRAWS)
-        samples = np.array(
-            [substitute_at(recipe.seed, recipe.stage, place.index, draw, size) for draw in draws]
-        )
-        lengths, images = self._planner.needs(samples)
+        samples = group.substitutes(place.index, draws)
+        lengths, images = self._planner.needs(samples, group.sequence_length)
         fits = (lengths <= place.length) & (images <= place.images)
         untried = ~np.isin(samples, slot.tried)
         chosen = int(np.where(untried, 1 + fits, 0).argmax())  # of those that rank highest, the first

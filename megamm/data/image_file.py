@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megamm.data.image_header import check_length
 from megamm.data.images import ImageError, ImageLoader
 from megamm.errors import InputError
 
@@ -17,10 +18,12 @@ def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor
         InputError: the file is missing or no usable image.
     """
     try:
-        data = Path(path).read_bytes()
+        check_length(Path(path).stat().st_size)
+        (result,) = image_loader.load([Path(path).read_bytes()], [0])
+    except ImageError as error:
+        result = error
     except OSError as error:
         raise InputError(f"{path}: the image cannot be read ({error.strerror}); give an image file") from None
-    (result,) = image_loader.load([data], [0])
     if isinstance(result, ImageError):
         raise InputError(f"{path}: {result}; give another image") from None
     return result

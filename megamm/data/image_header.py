@@ -10,6 +10,7 @@ from PIL import Image
 
 # Readers that stay within the bytes they are given (others run programs or follow references).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_BYTES = 1 << 28  # of an encoded image: 64 million pixels of four bytes each, not compressed
 Image.init()  # registers the readers that Pillow loads late
 
 # Pillow warns of pictures with very many pixels; here that is a reason to refuse them.
@@ -29,14 +30,21 @@ class Header(NamedTuple):
     mode: str
 
 
+def check_length(length: int) -> None:
+    """Raises ImageError if no image has so many bytes; to be asked before they are read."""
+    if not length:
+        raise ImageError("the file is empty")
+    if length > MAX_BYTES:
+        raise ImageError(f"has {length} bytes, more than {MAX_BYTES}")
+
+
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """The image in `data`, its header read but no pixel decoded.
 
     Raises:
-        ImageError: not an image, or more than `max_pixels` pixels.
+        ImageError: not an image, more than MAX_BYTES bytes or more than `max_pixels` pixels.
     """
-    if not data:
-        raise ImageError("the file is empty")
+    check_length(len(data))
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -1,4 +1,4 @@
-"""Images by NVIDIA DALI on the CPU: the same geometry as Pillow's, decoded and resized in native threads.
+"""Images by NVIDIA DALI: the same geometry as Pillow's, decoded and resized in native threads or on the GPU.
 
 DALI decodes JPEG and PNG pictures with three or one 8-bit channels. All others, and every picture that
 DALI fails on, are Pillow's, whose verdict counts: so both loaders refuse the same pictures (but for rare
@@ -18,20 +18,27 @@ from nvidia.dali import Pipeline, fn, types
 from megamm.config import ImageConfig
 from megamm.data.image_geometry import Geometry, plan
 from megamm.data.image_header import Header, ImageError, read_header
-from megamm.data.images import ImageLoader
+from megamm.data.images import ImageLoader, decoding_device
 from megamm.data.images_pillow import PillowLoader, mean_colour
 
 MAX_BATCH = 64
 
 
 class DaliLoader(ImageLoader):
-    """Runs a DALI pipeline of `num_workers` threads, with Pillow for what DALI is not trusted with."""
+    """Runs a DALI pipeline of `num_workers` threads, with Pillow for what DALI is not trusted with.
+
+    Attributes:
+        device: where it decodes and resizes, and where its tensors lie. On a GPU nothing is decoded small:
+            the decoder there ("mixed") cannot.
+    """
 
     name = "dali"
 
     def __init__(self, config: ImageConfig, image_size: int, training: bool):
         super().__init__(config, image_size, training)
         self._pillow = PillowLoader(config, image_size, training)
+        self.device = decoding_device(config, training)
+        self.scaled = self._pillow.scaled = self.scaled and self.device.type == "cpu"
         self._lock = threading.Lock()
         self._pipeline: Any = None
 
@@ -45,7 +52,7 @@ class DaliLoader(ImageLoader):
             except ImageError as error:
                 results[i] = error
                 continue
-            if _is_trusted(header):
+            if _is_trusted(header, item) and not (self.scaled and header.format == "JPEG"):
                 ours.append((i, geometry))
         for start in range(0, len(ours), MAX_BATCH):
             part = ours[start : start + MAX_BATCH]
@@ -56,7 +63,7 @@ class DaliLoader(ImageLoader):
         for i, result in zip(
             rest, self._pillow.load([data[i] for i in rest], [keys[i] for i in rest]), strict=True
         ):
-            results[i] = result
+            results[i] = result.to(self.device) if isinstance(result, torch.Tensor) else result
         return [result for result in results if result is not None]
 
     def close(self) -> None:
@@ -72,7 +79,7 @@ class DaliLoader(ImageLoader):
         """
         with self._lock:
             if self._pipeline is None:
-                self._pipeline = _build(self.config, self.image_size)
+                self._pipeline = _build(self.config, self.image_size, self.device)
             try:
                 _feed(self._pipeline, data, geometries, self.image_size)
                 (output,) = self._pipeline.run()
@@ -80,7 +87,13 @@ class DaliLoader(ImageLoader):
                 self._pipeline = None  # a pipeline that failed is not used again
                 raise
             # Copied: the pipeline writes the next batch into the same memory.
-            return list(torch.from_numpy(np.array(output.as_tensor())).unbind())
+            if self.device.type == "cpu":
+                return list(torch.from_numpy(np.array(output.as_tensor())).unbind())
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
+            copy = torch.empty(len(data), 3, self.image_size, self.image_size, device=self.device)
+            feed_ndarray(output.as_tensor(), copy)  # waits for the GPU
+            return list(copy.unbind())
 
     def _run_or_one_by_one(self, data: list[bytes], geometries: list[Geometry]) -> list[torch.Tensor | None]:
         """Tensors, None where DALI fails; one bad image fails a whole run, so then each runs alone."""
@@ -92,16 +105,36 @@ class DaliLoader(ImageLoader):
         return [self._run_or_one_by_one([item], [g])[0] for item, g in zip(data, geometries, strict=True)]
 
 
-def _is_trusted(header: Header) -> bool:
-    """Whether DALI decodes such an image as Pillow does (of other pixel layouts it takes another view)."""
-    return header.format in ("JPEG", "PNG") and header.mode in ("RGB", "L")
+def _is_trusted(header: Header, data: bytes) -> bool:
+    """Whether DALI decodes such an image as Pillow does (of other pixel layouts it takes another view), and
+    refuses it where Pillow does."""
+    if header.mode not in ("RGB", "L"):
+        return False
+    return header.format == "JPEG" or (header.format == "PNG" and _ends_with_pixels(data))
 
 
-def _build(config: ImageConfig, image_size: int) -> Pipeline:
+def _ends_with_pixels(png: bytes) -> bool:
+    """Whether nothing but the end mark stands behind the pixels; Pillow also judges what does (texts, which
+    may be bombs), DALI does not."""
+    pixels = png.rfind(b"IDAT")
+    end = pixels + 8 + int.from_bytes(png[max(pixels - 4, 0) : max(pixels, 0)], "big")
+    return png[end + 4 : end + 8] == b"IEND"
+
+
+def _build(config: ImageConfig, image_size: int, device: torch.device) -> Pipeline:
+    """The pipeline; what it is fed lies in main memory, also the numbers that a GPU works with."""
+    pipeline = graph(config, image_size, device)
+    pipeline.build()
+    return pipeline
+
+
+def graph(config: ImageConfig, image_size: int, device: torch.device) -> Pipeline:
+    """The pipeline before it is built, which needs no GPU even for one."""
+    on_gpu = device.type == "cuda"
     pipeline = Pipeline(
         batch_size=MAX_BATCH,
         num_threads=config.num_workers,
-        device_id=None,
+        device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=1,
         exec_async=False,
         exec_pipelined=False,
@@ -113,7 +146,12 @@ def _build(config: ImageConfig, image_size: int) -> Pipeline:
         resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
         corner = fn.external_source(name="corner", dtype=types.FLOAT, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        pixels = fn.decoders.image(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
         pixels = fn.slice(
             pixels,
             start,
@@ -138,7 +176,6 @@ def _build(config: ImageConfig, image_size: int) -> Pipeline:
                 std=[255 * value for value in config.std],
             )
         )
-    pipeline.build()
     return pipeline
 
 

@@ -1,6 +1,7 @@
 """Images by Pillow: the reference that every other loader is compared with.
 
-With fit "crop" and no augmentation the result equals that of transformers' CLIPImageProcessorPil.
+With fit "crop", no augmentation and no scaled decoding, the result equals that of transformers'
+CLIPImageProcessorPil.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megamm.config import ImageConfig
 from megamm.data.image_geometry import Geometry, plan
 from megamm.data.image_header import ImageError, open_image
 from megamm.data.images import ImageLoader
+from megamm.data.images_scaled import cut_jpeg
 
 
 class PillowLoader(ImageLoader):
@@ -41,7 +43,10 @@ class PillowLoader(ImageLoader):
         try:
             with open_image(data, self.config.max_pixels) as image:
                 geometry = plan(self.config, self.image_size, self.training, image.width, image.height, key)
-                pixels = cut(to_rgb(image), geometry, self.image_size, self._fill)
+                if self.scaled and image.format == "JPEG":
+                    pixels = cut_jpeg(image, geometry, self.image_size, self._fill)
+                else:
+                    pixels = cut(to_rgb(image), geometry, self.image_size, self._fill)
         except ImageError as error:
             return error
         except Exception as error:  # decoders meet damaged bytes with exceptions of any kind

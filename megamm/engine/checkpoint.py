@@ -285,6 +285,8 @@ class Checkpoints:
             recipe_sha256=recipe_hash(self._recipe),
             has_optimizer=True,
             files=_all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
+            data_position=pending.progress.data_position,
+            data_sources=pending.progress.data_sources,
         )
 
 

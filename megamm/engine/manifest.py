@@ -30,10 +30,16 @@ _STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage has come."""
+    """How far a stage has come.
+
+    Attributes:
+        data_position, data_sources: see Manifest; nothing where only the number of samples is known.
+    """
 
     step: int = 0
     consumed_samples: int = 0
+    data_position: list[int] = field(default_factory=list)
+    data_sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,10 @@ class Manifest:
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: samples of the stage seen so far; where the data stream goes on.
+        consumed_samples: samples of the stage seen so far.
+        data_position: of them, those of each group of sources that share their steps; where the data stream
+            goes on. Older checkpoints, of one group, have none.
+        data_sources: what the groups consist of, as the data path describes it.
         layout: parallel sizes it was saved with (any other can load it).
         recipe_sha256: of the recipe it was trained with.
         has_optimizer: whether training can go on from it.
@@ -63,12 +72,14 @@ class Manifest:
     recipe_sha256: str
     has_optimizer: bool
     files: dict[str, FileEntry] = field(default_factory=dict)
+    data_position: list[int] = field(default_factory=list)
+    data_sources: list[dict[str, Any]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     @property
     def progress(self) -> Progress:
         """Where training goes on."""
-        return Progress(self.step, self.consumed_samples)
+        return Progress(self.step, self.consumed_samples, self.data_position, self.data_sources)
 
     def to_json(self) -> str:
         content = asdict(self)

@@ -15,6 +15,7 @@ from typing import Any
 from megamm.config import (
     ConnectorConfig,
     CrossAttentionConfig,
+    DataConfig,
     LanguageConfig,
     ModelConfig,
     Recipe,
@@ -43,7 +44,7 @@ def comparable(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
         init_from=None,
     )
     model = replace(recipe.model, image_token_id=IMAGE_ID)
-    return replace(recipe, training=training, model=model)
+    return replace(recipe, training=training, model=model, data=_of_one_length(recipe.data))
 
 
 def shrunk(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
@@ -68,9 +69,18 @@ def shrunk(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
     return replace(
         recipe,
         model=small,
-        data=replace(recipe.data, sequence_length=length, max_images=min(recipe.data.max_images, 2)),
+        data=replace(
+            _of_one_length(recipe.data), sequence_length=length, max_images=min(recipe.data.max_images, 2)
+        ),
         training=_training(recipe, small),
     )
+
+
+def _of_one_length(data: DataConfig) -> DataConfig:
+    """Batches are made up: for sources of several lengths stands the longest."""
+    if not isinstance(data.train, list):
+        return data
+    return replace(data, train=None, sequence_length=max(data.sequence_lengths()))
 
 
 def changes(before: Recipe, after: Recipe) -> list[str]:

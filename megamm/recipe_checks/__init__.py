@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from megamm.config import Recipe
 from megamm.errors import InputError
+from megamm.recipe_checks.data import check_sources
 from megamm.recipe_checks.layout import check_layout, validate_world
 from megamm.recipe_checks.model import check_assembly, check_language, check_lora, check_vision
 from megamm.recipe_checks.ranges import check_ranges
 from megamm.recipe_checks.stage import (
     check_batch,
     check_freeze,
+    check_images,
     check_packing,
     check_sequence,
     trainable_parts,
@@ -38,10 +40,12 @@ def validate(recipe: Recipe) -> list[str]:
         check_vision,
         check_assembly,
         check_lora,
+        check_sources,
         check_sequence,
         check_layout,
         check_batch,
         check_packing,
+        check_images,
         check_freeze,
     )
     for check in parts.get(recipe.model.assembly, whole):

@@ -6,28 +6,35 @@ from collections.abc import Iterator
 
 from megamm.config import Recipe
 from megamm.recipe_checks.common import divides
+from megamm.recipe_checks.data import sequence_lengths
 
 
 def check_sequence(recipe: Recipe) -> Iterator[str]:
-    length, model, p = recipe.data.sequence_length, recipe.model, recipe.parallel
+    p = recipe.parallel
+    for key, length in sequence_lengths(recipe):
+        yield from _sequence(recipe, key, length)
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence: needs parallel.tensor above 1; set parallel.sequence=false"
+
+
+def _sequence(recipe: Recipe, key: str, length: int) -> Iterator[str]:
+    model, p = recipe.model, recipe.parallel
     if length > model.language.max_positions:
         yield (
-            f"data.sequence_length: {length} is more than model.language.max_positions "
+            f"{key}: {length} is more than model.language.max_positions "
             f"{model.language.max_positions}; shorten it or raise max_positions"
         )
     if model.tokens_per_image >= length:
         yield (
-            f"data.sequence_length: {length} leaves no room for text beside the {model.tokens_per_image} "
+            f"{key}: {length} leaves no room for text beside the {model.tokens_per_image} "
             f"positions of one image; raise it or lower "
             f"model.{'connector.num_latents' if model.connector.kind == 'qformer' else 'vision.image_size'}"
         )
-    if p.sequence and p.tensor == 1:
-        yield "parallel.sequence: needs parallel.tensor above 1; set parallel.sequence=false"
     if p.sequence:
-        yield from divides("data.sequence_length", length, "parallel.tensor", p.tensor)
+        yield from divides(key, length, "parallel.tensor", p.tensor)
     if p.context > 1:  # each rank has an early and a late chunk, which sequence parallelism splits further
         parts = 2 * p.context * (p.tensor if p.sequence else 1)
-        yield from divides("data.sequence_length", length, "the chunks of parallel.context", parts)
+        yield from divides(key, length, "the chunks of parallel.context", parts)
 
 
 def check_batch(recipe: Recipe) -> Iterator[str]:
@@ -42,6 +49,19 @@ def check_packing(recipe: Recipe) -> Iterator[str]:
         yield (
             f"data.pack: the documents of a packed row cannot be split over parallel.context "
             f"{recipe.parallel.context}; set data.pack=false or parallel.context=1"
+        )
+
+
+def check_images(recipe: Recipe) -> Iterator[str]:
+    data, key = recipe.data, "data.image.decode_device"
+    if data.image.decode_device != "gpu":
+        return
+    if data.image.loader == "pillow":
+        yield f"{key}: gpu is DALI's; set data.image.loader=dali or {key}=cpu"
+    if data.workers:
+        yield (
+            f"{key}: gpu decodes in the training process, but data.workers is {data.workers}; set "
+            f"data.workers=0 or {key}=cpu"
         )
 
 

@@ -38,17 +38,20 @@ def flops_per_step(
     num_images: int,
     num_labels: int | None = None,
     num_pairs: int | None = None,
+    sequence_length: int | None = None,
 ) -> float:
     """Model FLOPs (forward and backward) of a batch.
 
     Args:
-        recipe: the model, what of it is frozen, and the sequence length.
+        recipe: the model, and what of it is frozen.
         num_tokens: positions of the language model, in all samples of the batch together.
         num_images: images in all samples of the batch together.
         num_labels: positions that carry loss, and so need the output layer; None: all.
-        num_pairs: of positions that attend to each other; None: as many as in rows of the recipe's length.
+        num_pairs: of positions that attend to each other; None: as many as in rows of that length.
+        sequence_length: S of the rows; None: data.sequence_length.
     """
-    return sum(flops_by_part(recipe, num_tokens, num_images, num_labels, num_pairs).values())
+    parts = flops_by_part(recipe, num_tokens, num_images, num_labels, num_pairs, sequence_length)
+    return sum(parts.values())
 
 
 def flops_by_part(
@@ -57,11 +60,15 @@ def flops_by_part(
     num_images: int,
     num_labels: int | None = None,
     num_pairs: int | None = None,
+    sequence_length: int | None = None,
 ) -> dict[str, float]:
     """`flops_per_step` split into vision, connector, cross_attention, language and head."""
     trained = set(trainable_parts(recipe))
     connector = {"mlp": _projector, "resampler": _resampler, "qformer": _qformer}[recipe.model.connector.kind]
-    decoder = _decoder(recipe, trained, num_tokens, num_images, num_pairs)
+    seen = causal_pairs(sequence_length or recipe.data.sequence_length, recipe.model.language.sliding_window)
+    if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
+        seen = min(seen, num_pairs / num_tokens)
+    decoder = _decoder(recipe, trained, num_tokens, num_images, seen)
     if num_labels is not None:
         decoder["head"] *= num_labels / max(num_tokens, 1)
     return {
@@ -146,14 +153,12 @@ def _qformer(recipe: Recipe, trained: set[str]) -> float:
 
 
 def _decoder(
-    recipe: Recipe, trained: set[str], num_tokens: int, num_images: int, num_pairs: int | None
+    recipe: Recipe, trained: set[str], num_tokens: int, num_images: int, pairs: float
 ) -> dict[str, float]:
-    """Decoder layers, the gated blocks between them and the output layer, for a batch."""
+    """Decoder layers, the gated blocks between them and the output layer, for a batch whose positions attend
+    to `pairs` others each."""
     model, m = recipe.model, recipe.model.language
     first, media = _first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
-    pairs = _causal_pairs(recipe.data.sequence_length, m.sliding_window)
-    if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
-        pairs = min(pairs, num_pairs / num_tokens)
     cross_attention = language = 0.0
     # of the hidden states so far
     gradient = first < 0 or (model.assembly == "merged" and media)
@@ -200,7 +205,7 @@ def _decoder_layer(
     return total, gradient
 
 
-def _causal_pairs(length: int, window: int | None) -> float:
+def causal_pairs(length: int, window: int | None) -> float:
     """Keys that a position sees on average, counted as half of the square (less with a window)."""
     seen = min(window or length, length)
     return seen - seen**2 / (2 * length)

@@ -36,6 +36,7 @@ class StepStats:
         num_tokens, num_images: positions of the language model and images in the global batch.
         num_padding, num_labels: of these positions, how many hold no sample, carry loss.
         num_pairs: of positions that attend to each other; see Batch.
+        sequence_length: S of the rows of this step.
         seconds: wall time of the step, waiting for data included.
         data_wait: seconds of it in which the loop waited for data.
         skipped_samples: samples replaced because a picture was unreadable, since the stage started.
@@ -58,6 +59,7 @@ class StepStats:
     num_padding: int
     num_labels: int
     num_pairs: int
+    sequence_length: int
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,12 @@ class RunLogger:
     def _rates(self, window: list[StepStats]) -> Rates:
         seconds = max(sum(s.seconds for s in window), 1e-9)
         tokens, images = sum(s.num_tokens for s in window), sum(s.num_images for s in window)
-        labels, pairs = sum(s.num_labels for s in window), sum(s.num_pairs for s in window)
-        flops = flops_per_step(self._recipe, tokens, images, labels, pairs)
+        flops = sum(
+            flops_per_step(
+                self._recipe, s.num_tokens, s.num_images, s.num_labels, s.num_pairs, s.sequence_length
+            )
+            for s in window
+        )
         flops_per_s = flops / seconds / self._world_size
         return Rates(
             tokens_per_s=tokens / seconds,

@@ -50,8 +50,10 @@ def _run(session: Session, logger: RunLogger | None) -> None:
         _say(logger, f"nothing to do: the run has its {recipe.training.steps} steps")
         return
     quarantine = Path(recipe.run_dir) / "quarantine.jsonl"
-    feed = BatchFeed(recipe, session.tokenizer, session.groups, progress.consumed_samples, quarantine)
+    feed = BatchFeed(recipe, session.tokenizer, session.groups, progress, quarantine)
     _say(logger, f"backend {session.backend_reason}; images by {feed.image_loader}")
+    for line in feed.description:
+        _say(logger, line)
     session.checkpoints.report = partial(_say, logger)
     skipped_samples = 0
     try:
@@ -59,7 +61,7 @@ def _run(session: Session, logger: RunLogger | None) -> None:
             started = time.perf_counter()
             batches = feed.next_step()
             loss, grad_norm, lr = train_step(session, batches)
-            progress = Progress(progress.step + 1, feed.consumed_samples)
+            progress = Progress(progress.step + 1, feed.consumed_samples, list(feed.position), feed.sources)
             counts = _counts(batches, session)
             skipped_samples += counts["skipped"]
             if logger is not None:
@@ -75,6 +77,7 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                         num_padding=counts["padding"],
                         num_labels=counts["labels"],
                         num_pairs=counts["pairs"],
+                        sequence_length=feed.sequence_length,
                         seconds=time.perf_counter() - started,
                         data_wait=feed.seconds_waited,
                         skipped_samples=skipped_samples,

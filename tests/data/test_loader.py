@@ -88,7 +88,7 @@ def test_images_stand_in_the_order_of_their_placeholders(tmp_path: Path, tokeniz
     names = write_images(tmp_path / "images", 4)
     entries = [entry(i, [names[i], names[3 - i]], "a", "b") for i in range(4)]
     data = prepared(tmp_path, entries, tokenizer_dir, [tmp_path / "images"]).out
-    decode = make_image_loader(ImageConfig(loader="pillow"), IMAGE_SIZE, False).load
+    decode = make_image_loader(ImageConfig(loader="pillow"), IMAGE_SIZE, True).load
     pixels = decode([(tmp_path / "images" / name).read_bytes() for name in names], [0] * 4)
     for batch in batches(recipe(data, tokenizer_dir), Tokenizer.load(tokenizer_dir), 4):
         for i, sample in enumerate(batch.sample_ids.tolist()):

@@ -12,6 +12,7 @@ from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
 from megamm.data.assemble import Assembler
 from megamm.data.balance import Cost
+from megamm.data.concatenated import ConcatenatedDataset
 from megamm.data.indexed import PreparedDataset
 from megamm.data.loader import BatchLoader
 from megamm.data.order import sample_at, substitute_at
@@ -84,9 +85,9 @@ def test_rows_hold_the_samples_of_the_epochs(
 
 def planned(settings: Recipe, tokenizer: Tokenizer, count: int) -> list[list[list[Place]]]:
     """Places of the first steps."""
-    dataset = PreparedDataset(str(settings.data.train))
+    dataset = ConcatenatedDataset.open(settings.data)
     assembler = Assembler(PER_IMAGE, tokenizer.image_id, tokenizer.pad_id)
-    planner, consumed, found = StepPlanner(dataset, assembler, settings, Cost()), 0, []
+    planner, consumed, found = StepPlanner(dataset, assembler, settings, Cost()), (0,), []
     for _step in range(count):
         plan = planner.plan(consumed)
         found.append(plan.of_rank(0, 1))

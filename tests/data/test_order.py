@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,20 @@ def test_impossible_requests() -> None:
         sample_at(1, "train", 0, 0)
     with pytest.raises(ValueError):
         sample_at(1, "train", -1, 10)
+
+
+def test_a_block_anywhere_in_hundreds_of_millions_costs_its_own_length() -> None:
+    size = 300_000_007
+    seen = []
+    tracemalloc.start()
+    for start in np.random.default_rng(0).integers(0, size - 4096, 40).tolist():
+        rows = samples_at(9, "pairs", start, 4096, size)
+        assert len(set(rows.tolist())) == 4096 and rows.min() >= 0 and rows.max() < size
+        again = [sample_at(9, "pairs", start + i, size) for i in (0, 17, 4095)]
+        assert again == rows[[0, 17, 4095]].tolist()
+        seen.append((start, rows))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    pairs = {(start + i, int(row)) for start, rows in seen for i, row in enumerate(rows)}
+    assert len({row for _, row in pairs}) == len({index for index, _ in pairs}), "one epoch, each once"

@@ -11,6 +11,7 @@ import pytest
 from megamm.config import DataConfig, ModelConfig, Recipe, TrainingConfig
 from megamm.data.assemble import Assembler
 from megamm.data.balance import UNIT, Cost
+from megamm.data.concatenated import ConcatenatedDataset
 from megamm.data.indexed import Sample
 from megamm.data.order import samples_at
 from megamm.data.step_plan import StepPlan, StepPlanner
@@ -34,6 +35,10 @@ class MadeUpDataset:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_images(self) -> int:
+        return int(self.images.sum())
+
     def __getitem__(self, row: int) -> Sample:
         self.num_read += 1
         return Sample(self.tokens[row], np.ones(len(self.tokens[row]), np.uint8), range(self.images[row]))
@@ -45,18 +50,20 @@ class MadeUpDataset:
 def planner(
     dataset: MadeUpDataset, micro: int = 2, rows: int = 32, pack: bool = True, balance: bool = True
 ) -> StepPlanner:
-    data = DataConfig(sequence_length=S, pack=pack, balance=balance, max_images=MAX_IMAGES)
+    data = DataConfig("made up", sequence_length=S, pack=pack, balance=balance, max_images=MAX_IMAGES)
     training = TrainingConfig(global_batch_size=rows, micro_batch_size=micro)
     recipe = Recipe("test", "unused", "unused", ModelConfig(), data=data, training=training)
-    fake: Any = dataset
-    return StepPlanner(fake, Assembler(PER_IMAGE, IMAGE, 0), recipe, Cost(image=32.0, attention=0.01))
+    parts: list[Any] = [dataset]
+    return StepPlanner(
+        ConcatenatedDataset(parts), Assembler(PER_IMAGE, IMAGE, 0), recipe, Cost(image=32.0, attention=0.01)
+    )
 
 
 def plans(of: StepPlanner, count: int, consumed: int = 0) -> list[StepPlan]:
     found = []
     for _step in range(count):
-        found.append(of.plan(consumed))
-        consumed = found[-1].end
+        found.append(of.plan((consumed,)))
+        (consumed,) = found[-1].end
     return found
 
 
@@ -71,12 +78,12 @@ def test_every_sample_once_per_epoch_in_order(size: int, pack: bool) -> None:
     dataset = MadeUpDataset(size)
     found = plans(planner(dataset, pack=pack), 40)
     places = {p.index: p for plan in found for p in chain.from_iterable(plan.micro_batches)}
-    end = found[-1].end
+    (end,) = found[-1].end
     assert sorted(chain.from_iterable(indices(plan) for plan in found)) == list(range(end)) and end > size
     order = samples_at(1, "train", 0, end, size).tolist()
     assert [places[index].sample for index in range(end)] == order
     for plan in found:
-        assert sorted(indices(plan)) == list(range(plan.start, plan.end))
+        assert sorted(indices(plan)) == list(range(plan.start[0], plan.end[0]))
         assert len(plan.micro_batches) == len(plan.costs) == 16
 
 
@@ -107,7 +114,7 @@ def test_the_ranks_share_the_step_out(pack: bool, balance: bool) -> None:
     whole = plans(of, 12)
     for number, plan in enumerate(whole):
         assert plan == planner(dataset, pack=pack, balance=balance).plan(plan.start)
-        assert plan.start == (whole[number - 1].end if number else 0)
+        assert plan.start == (whole[number - 1].end if number else (0,))
         for dp_size in (1, 2, 4, 8, 16):
             ranks = [plan.of_rank(rank, dp_size) for rank in range(dp_size)]
             assert {len(rank) for rank in ranks} == {16 // dp_size}
@@ -130,7 +137,7 @@ def test_balance_changes_no_step_and_plain_order_is_as_it_was() -> None:
 
 
 def plain_plan(dataset: MadeUpDataset, balance: bool) -> StepPlan:
-    return planner(dataset, pack=False, balance=balance).plan(32)
+    return planner(dataset, pack=False, balance=balance).plan((32,))
 
 
 @pytest.mark.parametrize(("pack", "before", "after"), [(False, 1.45, 1.13), (True, 1.045, 1.032)])
@@ -153,7 +160,7 @@ def test_micro_batches_and_ranks_cost_about_the_same(pack: bool, before: float, 
 
 def costs(of: StepPlanner, places: list[Any], pack: bool) -> int:
     """Of a micro-batch, counted anew from its samples."""
-    lengths, images = of.needs(np.array([place.sample for place in places]))
+    lengths, images = of.needs(np.array([place.sample for place in places]), S)
     cost = Cost(image=32.0, attention=0.01 if pack else 0.0)
     return 2 * S * UNIT + int(cost.of(lengths, images).sum())
 
@@ -161,7 +168,7 @@ def costs(of: StepPlanner, places: list[Any], pack: bool) -> int:
 def test_tokens_are_read_for_samples_that_are_cut_alone() -> None:
     dataset = MadeUpDataset(400)
     long = [len(t) + 4 * n > S or n > MAX_IMAGES for t, n in zip(dataset.tokens, dataset.images, strict=True)]
-    planner(dataset).needs(np.arange(400))
+    planner(dataset).needs(np.arange(400), S)
     assert 0 < dataset.num_read == sum(long) < 100
     dataset.num_read = 0
     list(islice(plans(planner(dataset, pack=False, balance=False), 4), 4))

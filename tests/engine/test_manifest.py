@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megamm.engine import manifest as manifests
-from megamm.engine.manifest import MANIFEST, Manifest
+from megamm.engine.manifest import MANIFEST, Manifest, Progress
 from megamm.errors import InputError
 
 CONTENT = {"recipe.yaml": b"name: x\n", "shards/a.distcp": bytes(range(256)) * 40, "shards/empty": b""}
@@ -262,3 +262,16 @@ def test_removing_takes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.M
     assert old.exists()
     with pytest.raises(InputError, match="never completed"):
         manifests.verify(old)
+
+
+def test_an_older_manifest_knows_the_number_of_samples_alone(tmp_path: Path) -> None:
+    sources = [{"group": 0, "source": "a"}, {"group": 1, "source": "b"}]
+    manifest = replace(manifest_of(tmp_path, 3), data_position=[16, 8], data_sources=sources)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    assert manifests.read_manifest(tmp_path).progress == Progress(3, 24, [16, 8], sources)
+    content = json.loads(manifest.to_json())
+    for key in ("data_position", "data_sources", "self_sha256"):
+        del content[key]
+    written = {**content, "self_sha256": manifests._hash_of(content)}
+    (tmp_path / MANIFEST).write_text(json.dumps(written))
+    assert manifests.read_manifest(tmp_path).progress == Progress(3, 24)

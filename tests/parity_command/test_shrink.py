@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megamm.batch import IGNORE_INDEX
-from megamm.config import Recipe
+from megamm.config import Recipe, SourceConfig
 from megamm.parity.batches import synthetic_batch
 from megamm.parity.layouts import parse_layouts
 from megamm.parity.run import make_plan
@@ -143,3 +143,19 @@ def test_batches(pack: bool, model: dict[str, Any], micro_batch_size: int) -> No
         counts.append(batch.num_images)
     assert min(counts) == 0 or pack  # a micro-batch of text only
     assert len(set(counts)) >= 2
+
+
+def shrunk_length(large: Recipe) -> int:
+    data = replace(large.data, train=None)
+    return make_plan(replace(large, data=data), parse_layouts("tp2"), False).recipe.data.sequence_length
+
+
+@pytest.mark.parametrize("full_size", [True, False])
+def test_several_sources_are_compared_at_the_longest(full_size: bool) -> None:
+    large = load_recipe(RECIPES[0])
+    lengths = [large.data.sequence_length, large.data.sequence_length - 1]
+    large.data.train = [SourceConfig(f"s{i}", sequence_length=length) for i, length in enumerate(lengths)]
+    large.data.sequence_length = 7
+    data = make_plan(large, parse_layouts("tp2"), full_size).recipe.data
+    assert data.train is None and data.sequence_lengths() == [data.sequence_length]
+    assert data.sequence_length == (lengths[0] if full_size else shrunk_length(large))

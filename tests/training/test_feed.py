@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megamm.batch import Batch
 from megamm.config import Recipe
+from megamm.data.balance import UNIT
 from megamm.data.loader import BatchLoader
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine import groups
+from megamm.engine.manifest import Progress
 from megamm.errors import InputError
 from megamm.training.feed import NUMBERS, BatchFeed, sample_cost
 from megamm.training.flops import flops_per_step
@@ -36,21 +39,26 @@ def read(layout: list[int], datasets: list[str], tokenizer: str, folder: str) ->
     settings = packed_recipe(datasets[0], tokenizer, *layout)
     place = groups.initialize(settings.parallel, torch.device("cpu"), "gloo")
     settings.data.train = datasets[-1 if place.dp_rank == place.dp_size - 1 else 0]
-    feed = BatchFeed(settings, Tokenizer.load(tokenizer), place, 5, Path(folder) / "quarantine.jsonl")
-    assert feed.consumed_samples == 5
     found: list[tuple[int, list[Batch]]] = []
+    feed, error, remarks = None, None, []
     try:
+        started = Progress(1, 5)
+        feed = BatchFeed(
+            settings, Tokenizer.load(tokenizer), place, started, Path(folder) / "quarantine.jsonl"
+        )
+        assert feed.consumed_samples == 5
         for _step in range(NUM_STEPS):
             batches = feed.next_step()
             found.append((feed.consumed_samples, batches))
-        error = None
+        remarks = feed.remarks()
     except InputError as refused:
         error = str(refused)
     finally:
-        feed.close()
+        if feed is not None:
+            feed.close()
         groups.shutdown()
     coordinates = (place.tp_rank, place.pp_rank, place.dp_rank)
-    return {"coordinates": coordinates, "steps": found, "error": error, "remarks": feed.remarks()}
+    return {"coordinates": coordinates, "steps": found, "error": error, "remarks": remarks}
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +126,19 @@ def test_readers_of_different_datasets_are_noticed(
         "folder": str(tmp_path),
     }
     for result in run_distributed(2, "tests.training.test_feed:read", arguments):
-        assert "give every machine the same dataset" in str(result["error"]) and not result["steps"]
+        assert "not the same on every machine" in str(result["error"]) and not result["steps"]
 
 
+@pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("assembly", ["merged", "cross_attention"])
-def test_costs_are_the_ratio_of_flops(assembly: str) -> None:
-    """A batch of 7 samples of length S with 3 images, in positions without attention, is what FLOPs say."""
+def test_costs_are_the_ratio_of_flops(assembly: str, window: int | None) -> None:
+    """A batch of 7 samples of any length with 3 images, in positions without attention, is what FLOPs say."""
     settings = tiny_recipe(assembly)
-    length = settings.data.sequence_length
+    settings.model.language.sliding_window = window
     cost = sample_cost(settings)
-    positions = 7 * (length + cost.attention * length**2 / 2) + 3 * cost.image
-    alone = tiny_recipe(assembly, {"data.sequence_length": 5})
-    alone.data.sequence_length = 1
-    wanted = flops_per_step(settings, 7 * length, 3) / flops_per_step(alone, 1, 0)
-    assert positions == pytest.approx(wanted) and 0 < cost.attention < 0.1 < cost.image
+    for length in (20, settings.data.sequence_length, 200):
+        costs = cost.of(np.array([length] * 7), np.array([3] + [0] * 6))
+        wanted = flops_per_step(settings, 7 * length, 3, sequence_length=length)
+        wanted /= flops_per_step(settings, 1, 0, num_pairs=0)
+        assert 7 * length + costs.sum() / UNIT == pytest.approx(wanted, rel=1e-3)
+    assert 0 < cost.attention < 0.1 < cost.image

@@ -42,6 +42,7 @@ def stats(step: int, **changes: Any) -> StepStats:
         "num_padding": 96,
         "num_labels": 1024,
         "num_pairs": 4096 * 64,
+        "sequence_length": 128,
         "seconds": 0.5,
         "data_wait": 0.05,
         "skipped_samples": 3,
@@ -180,3 +181,18 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shown = screen.getvalue()
     assert "[saved] checkpoint" in shown and "loss 1.0000" in shown
     assert "2/4" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def test_each_step_counts_with_its_own_length(tmp_path: Path) -> None:
+    """A window leaves out more of long rows than of short ones."""
+    r, lengths = recipe("training.precision=bf16", "model.language.sliding_window=32"), (128, 48)
+    with RunLogger(tmp_path, r, 2) as log:
+        for number, length in enumerate(lengths, start=1):
+            log.step(stats(number, sequence_length=length, num_pairs=4096 * length // 2))
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    alone = []
+    for length in lengths:
+        r.data.sequence_length = length
+        alone.append(flops_per_step(r, 4096, 32, 1024))
+    assert [row["tflops_per_device"] * 0.5e12 for row in rows] == pytest.approx(alone)
+    assert f"{sum(alone) / 1e12:.3g} TFLOP/s" in (tmp_path / "log.txt").read_text()

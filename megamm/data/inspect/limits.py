@@ -143,5 +143,7 @@ class Limits:
 
 
 def _sequence_length(data: DataConfig, directory: Path) -> int:
-    """S of the rows that samples of `directory` stand in."""
-    return data.sequence_length
+    """S of the rows that samples of `directory` stand in; of several, the smallest."""
+    place = directory.resolve()
+    lengths = [source.sequence_length for source in data.sources() if Path(source.path).resolve() == place]
+    return min(lengths, default=data.sequence_length)

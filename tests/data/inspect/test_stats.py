@@ -81,6 +81,7 @@ def test_statistics_are_those_of_the_samples(dataset: Path, tokenizer: Tokenizer
 
 def test_packing_is_that_of_training(dataset: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     from megamm.data.balance import Cost
+    from megamm.data.concatenated import ConcatenatedDataset
     from megamm.data.step_plan import StepPlanner
     from tests.data.helpers import recipe
 
@@ -88,12 +89,12 @@ def test_packing_is_that_of_training(dataset: Path, tokenizer_dir: Path, tmp_pat
     per_image = made.model.tokens_per_image
     limits = Limits(per_image, 256, 8, rows=4, row_samples=2, seed=made.seed, stage=made.stage)
     found = collect(dataset, limits, None).packing
-    planner = StepPlanner(PreparedDataset(dataset), Assembler(per_image, 419, 0), made, Cost(1, 1))
+    planner = StepPlanner(ConcatenatedDataset([PreparedDataset(dataset)]), Assembler(per_image, 419, 0), made, Cost(1, 1))
     start = used = steps = 0
     while start < 300:
-        plan = planner.plan(start)
+        plan = planner.plan((start,))
         used += sum(place.length for row in plan.micro_batches for place in row)
-        start, steps = plan.end, steps + 1
+        (start,), steps = plan.end, steps + 1
     assert found is not None and found.steps == steps
     assert found.packed == pytest.approx(used / (steps * 4 * 512))
     assert found.samples_per_row == start / (steps * 4) and found.padded == pytest.approx(used / start / 256)
