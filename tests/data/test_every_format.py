@@ -1,4 +1,4 @@
-"""From every source format to a dataset, through the commands: prepared, checked, previewed, and what it holds."""
+"""From every source format to a dataset, through the commands: prepared, checked, previewed, read."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def test_packing_is_that_of_training(dataset: Path, tokenizer_dir: Path, tmp_pat
     per_image = made.model.tokens_per_image
     limits = Limits(per_image, 256, 8, rows=4, row_samples=2, seed=made.seed, stage=made.stage)
     found = collect(dataset, limits, None).packing
-    planner = StepPlanner(ConcatenatedDataset([PreparedDataset(dataset)]), Assembler(per_image, 419, 0), made, Cost(1, 1))
+    planner = StepPlanner(
+        ConcatenatedDataset([PreparedDataset(dataset)]), Assembler(per_image, 419, 0), made, Cost(1, 1)
+    )
     start = used = steps = 0
     while start < 300:
         plan = planner.plan((start,))
