@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -118,10 +120,19 @@ _work_here: Work[Any, Any] | Exception | None = None  # of this worker process
 def _start_process(start: Callable[..., Work[Any, Any]], arguments: tuple[Any, ...]) -> None:
     global _work_here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _work_here = start(*arguments)
     except Exception as error:  # told by the first task: an initializer that fails looks like a crash
         _work_here = error
+
+
+def _end_with_parent() -> None:
+    """A process of a pool holds both ends of its queue, so it would wait there for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Sequence[Any]) -> Any:

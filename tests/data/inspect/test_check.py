@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from tests.data.documents import document as document_of
 from tests.data.helpers import encode, picture, write_images, write_tar
 from tests.data.inspect.damage import Planted, start_squares, write_dataset
 
+ROOT = Path(__file__).parents[3]
 LIMITS = Limits(tokens_per_image=8, sequence_length=60, max_images=3)
 IMAGE = -1  # in ids below: the image token
 
@@ -245,6 +249,23 @@ def test_an_item_that_ends_its_process_costs_itself_alone() -> None:
     tasks = [list(range(start, start + 4)) for start in range(0, 24, 4)]
     results = [number for piece in pool.results(tasks) for number in piece]
     assert results == [-13 if number == 13 else number * number for number in range(24)]
+
+
+def test_processes_end_with_their_parent() -> None:
+    program = (
+        "import os, signal; from megamm.data.inspect.pool import Pool;"
+        "from tests.data.inspect.damage import start_squares;"
+        "pool = Pool(2, start_squares, (13,), lambda number: []);"
+        "results = pool.results([[n] for n in range(12)]); next(results);"
+        "print(*pool._executor._processes, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    left = [int(pid) for pid in done.stdout.split()]
+    assert len(left) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in left):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_machines_that_fail_do_not_blame_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
