@@ -20,7 +20,6 @@ from megamm.config import Recipe
 from megamm.data.assemble import Assembler, Documents
 from megamm.data.balance import Cost
 from megamm.data.concatenated import ConcatenatedDataset
-from megamm.data.image_header import check_length
 from megamm.data.images import ImageError, make_image_loader
 from megamm.data.order import hashed
 from megamm.data.quarantine import KILLS, FileName, file_name
@@ -238,7 +237,6 @@ class BatchMaker:
         if refused and file_name(self.dataset, image) in refused:
             return ImageError(KILLS)
         try:
-            check_length(self.dataset.location(image).length)
             return self.dataset.read_image(image)
         except ImageError as error:
             return error

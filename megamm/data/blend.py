@@ -1,8 +1,8 @@
 """Which sample of which source comes when, and which sources share a step.
 
 Sources of one sequence length (and, with data.pure_batches, of one kind of samples) form a group. A step
-takes the next samples of one group: of the one that is furthest behind its share of the samples so far. So
-the position of a run is one number per group, how many samples of it were used, and everything else follows:
+takes the next samples of one group: of the one that is furthest behind its share of the samples. So the
+position of a run is one number per group, how many samples of it were used, and everything else follows:
 
     position -> group -> its samples start ... end - 1 -> source of each (apportion.py) -> row (order.py)
 """
@@ -94,7 +94,8 @@ class Group:
     def _substitute(self, index: int, draw: int) -> int:
         number = 0
         if len(self.parts) > 1:
-            drawn = hashed(self.seed, self.key, "substitute source", index, draw) % self.apportionment.cycle
+            drawn = hashed(self.seed, self.key, "substitute source", index, draw)
+            drawn = drawn * self.apportionment.cycle >> 64  # a cycle may be longer than 64 bits count
             number = bisect_right(list(accumulate(self.apportionment.counts)), drawn)
         return self.parts[number].substitute(self.seed, index, draw)
 
@@ -111,7 +112,12 @@ class Blend:
         Args:
             dataset: opened from recipe.data.
         """
-        self._rates = _rates(recipe.data.sources())
+        sources = recipe.data.sources()
+        self._rates = _rates(sources)
+        names = [source.name for source in sources]
+        self._fingerprints = dict(zip(names, dataset.fingerprints(), strict=True))
+        # of a step, about: so that the rarest group does not begin the run, nor come a whole step early
+        self._half = Fraction(recipe.training.global_batch_size, 2)
         found = list(_stretches(dataset, recipe.data))
         members: dict[tuple[int, Kind], list[Part]] = {}
         for source, kind, rows, share in found:
@@ -131,8 +137,10 @@ class Blend:
         ]
 
     def next_group(self, position: Position) -> int:
-        """The group that is furthest behind its share, the first of several."""
-        behind = [used / group.share for used, group in zip(position, self.groups, strict=True)]
+        """The group that would be furthest behind its share in the middle of its next step, the first of
+        several (Webster's method of apportionment)."""
+        numbers = zip(position, self.groups, strict=True)
+        behind = [(used + self._half) / group.share for used, group in numbers]
         return behind.index(min(behind))
 
     def contents(self) -> list[dict[str, Any]]:
@@ -144,6 +152,7 @@ class Blend:
                 "kind": part.kind,
                 "samples": len(part.rows),
                 "rate": self._rates[part.source],
+                "fingerprint": self._fingerprints[part.source],
             }
             for number, group in enumerate(self.groups)
             for part in group.parts

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megamm.data.image_header import ImageError
+from megamm.data.image_header import ImageError, check_length
 from megamm.data.image_store import Container, ImageStore, Location, safe_name
 from megamm.data.manifest import TOKENIZER_FOLDER, Manifest
 from megamm.data.sample_checksum import IMAGE_RECORD, at_row, content_crc, content_crcs, of_rows
@@ -181,6 +181,7 @@ class PreparedDataset:
         location = self.location(image)
         if safe_name(location.name) is None and self.store.containers[location.container].kind == "folder":
             raise ImageError("the path leaves the image folder")
+        check_length(location.length)
         data = self.store.read(location)
         crc = int(self._images[image]["crc32"])
         if crc and zlib.crc32(data) != crc:

@@ -26,13 +26,13 @@ def samples_at(seed: int, stage: str, start: int, count: int, size: int) -> np.n
     """Dataset rows of the global samples start ... start + count - 1: [count] int64."""
     if size < 1 or start < 0:
         raise ValueError(f"no sample {start} in a dataset of {size} rows")
-    parts = []
-    while count > 0:
-        epoch, first = divmod(start, size)
-        here = min(count, size - first)
-        parts.append(_permute(np.arange(first, first + here, dtype=np.uint64), seed, stage, epoch, size))
-        start, count = start + here, count - here
-    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+    if not count:
+        return np.empty(0, np.int64)
+    epoch, first = divmod(start, size)
+    # all epochs in one pass: a packed step of a small dataset takes hundreds of them
+    epochs, positions = np.divmod(first + np.arange(count), size)
+    keys = np.stack([_round_keys(seed, stage, epoch + i) for i in range(int(epochs[-1]) + 1)], axis=1)
+    return _permute(positions.astype(np.uint64), keys[:, epochs], size).astype(np.int64)
 
 
 def hashed(*key: object) -> int:
@@ -46,13 +46,13 @@ def substitute_at(seed: int, stage: str, index: int, attempt: int, size: int) ->
     return hashed(seed, stage, "substitute", index, attempt) % size
 
 
-def _permute(positions: np.ndarray, seed: int, stage: str, epoch: int, size: int) -> np.ndarray:
+def _permute(positions: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Where `positions` [n] of an epoch of `size` rows come to lie under their round keys [rounds, n]."""
     bits = max(2, (size - 1).bit_length())
-    keys = _round_keys(seed, stage, epoch)
     rows = _feistel(positions, keys, bits)
     outside = np.flatnonzero(rows >= size)
     while outside.size:
-        rows[outside] = _feistel(rows[outside], keys, bits)
+        rows[outside] = _feistel(rows[outside], keys[:, outside], bits)
         outside = outside[rows[outside] >= size]
     return rows
 

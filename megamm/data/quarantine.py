@@ -52,7 +52,7 @@ class Quarantine:
             RunError: the file cannot be written.
         """
         name = file_name(dataset, image)
-        if self.path is None or name in self._seen:
+        if self.path is None or not self._is_news(name, reason):
             return
         directory, row = dataset.origin(sample)
         line = name._asdict() | {
@@ -67,7 +67,7 @@ class Quarantine:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor
                 cut_short = self._read(descriptor)
-                if name not in self._seen:
+                if self._is_news(name, reason):
                     text = "\n" * cut_short + json.dumps(line) + "\n"
                     os.write(descriptor, text.encode())
                     self._seen[name] = reason
@@ -91,6 +91,10 @@ class Quarantine:
                     f"{self.path}: cannot be read ({error.strerror}); allow it or remove the file"
                 ) from None
         return frozenset(name for name, reason in self._seen.items() if reason == KILLS)
+
+    def _is_news(self, name: FileName, reason: str) -> bool:
+        """A killer is said to be one, whatever was wrong with it before."""
+        return name not in self._seen or (reason == KILLS and self._seen[name] != KILLS)
 
     def _read(self, descriptor: int) -> bool:
         """Learn what has been appended since the last time; whether a crash has cut the last line short."""

@@ -59,16 +59,25 @@ def _difference(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) 
             return f"{name} shared its steps with other sources (their order or sequence_length was another)"
         if parts[0]["rate"] != was[name][0]["rate"]:
             return f"{name} had {was[name][0]['rate']}, and now has {parts[0]['rate']}"
+    if list(was) != list(here):  # of one group, they take turns in the order in which they are named
+        return f"its sources stood in another order ({', '.join(was)})"
     return ""
 
 
 def _remarks(saved: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
-    return [
-        f"{part['source']} had {before['samples']:,} samples when the checkpoint was saved and has "
-        f"{part['samples']:,} now; they come in another order from here on, so that some come again early"
-        for before, part in zip(saved, now, strict=False)
-        if before["samples"] != part["samples"]
-    ]
+    remarks = []
+    for before, part in zip(saved, now, strict=False):
+        name, size = part["source"], part["samples"]
+        if before["samples"] != size:
+            remarks.append(
+                f"{name} had {before['samples']:,} samples when the checkpoint was saved and has {size:,} "
+                "now; they come in another order from here on, so that some come again early"
+            )
+        elif before["fingerprint"] != part["fingerprint"]:
+            remarks.append(
+                f"{name} was prepared otherwise since the checkpoint was saved, so its samples are others"
+            )
+    return remarks
 
 
 def _by_source(contents: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

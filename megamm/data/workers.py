@@ -197,7 +197,11 @@ class Workers:
             try:
                 message = worker.link.recv()
                 made = receive_made(worker.link, message) if isinstance(message, Finished) else None
-            except (EOFError, OSError, RuntimeError):
+            except (EOFError, OSError, RuntimeError) as error:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(GRACE_S)
+                if worker.process.returncode is None and not isinstance(error, EOFError):
+                    raise  # it lives: this process is short of something
                 self._replace(worker, waiting)
             else:
                 self._note(worker, message, made, waiting)

@@ -53,6 +53,7 @@ OPTIONAL_POSITIVE_KEYS = [
 ]
 NOT_NEGATIVE_KEYS = [
     "seed",
+    "data.max_images",
     "data.workers",
     "optimizer.min_lr",
     "optimizer.warmup_steps",

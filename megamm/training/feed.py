@@ -147,8 +147,7 @@ class BatchFeed:
         every rank raises: the own one, or what another rank reported."""
         mine = None
         if self._loader is not None:
-            blend, dataset = self._loader.planner.blend, self._loader.dataset
-            mine = (self._loader.position, blend.contents(), dataset.fingerprints())
+            mine = (self._loader.position, self._loader.planner.blend.contents())
         found = _gathered(error, mine)
         read = [part for part in found if part is not None]
         if any(part != read[0] for part in read):

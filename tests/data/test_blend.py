@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megamm.config import DataConfig, ModelConfig, Recipe, SourceConfig
+from megamm.config import DataConfig, ModelConfig, Recipe, SourceConfig, TrainingConfig
 from megamm.data.blend import Blend
 from megamm.data.concatenated import ConcatenatedDataset
 from megamm.data.indexed import PreparedDataset
@@ -26,6 +27,7 @@ class Sizes:
 
     def __init__(self, images: np.ndarray) -> None:
         self._images, self.num_images = images, int(images.sum())
+        self.manifest = SimpleNamespace(files={"images": SimpleNamespace(sha256=images.tobytes())})
 
     def __len__(self) -> int:
         return len(self._images)
@@ -34,14 +36,17 @@ class Sizes:
         return np.full(len(rows), 9), self._images[rows]
 
 
-def blend(images: list[np.ndarray], pure: bool = False, **keys: list[Any]) -> Blend:
+def blend(images: list[np.ndarray], pure: bool = False, batch: int = 1, **keys: list[Any]) -> Blend:
     """Sources with these numbers of images per sample; each key has a value for each of them."""
     sources = [
         SourceConfig(f"s{i}", **{key: values[i] for key, values in keys.items()}) for i in range(len(images))
     ]
     data = DataConfig(sources, sequence_length=64, pure_batches=pure)
     parts: list[Any] = [Sizes(counts) for counts in images]
-    recipe = Recipe("test", "unused", "unused", ModelConfig(), stage="align", seed=SEED, data=data)
+    training = TrainingConfig(global_batch_size=batch)
+    recipe = Recipe(
+        "test", "unused", "unused", ModelConfig(), stage="align", seed=SEED, data=data, training=training
+    )
     return Blend(ConcatenatedDataset(parts), recipe)
 
 
@@ -131,6 +136,30 @@ def test_groups_share_no_step_and_have_their_shares() -> None:
     assert len(keys) == 5 + 3
 
 
+def test_a_rare_group_does_not_come_early() -> None:
+    """One sample with images in 400: a step of 64 copies of it stands for 64 epochs."""
+    images = np.zeros(400, int)
+    images[7] = 1
+    of = blend([images], pure=True, batch=64)
+    assert [len(group.parts[0].rows) for group in of.groups] == [1, 399]
+    position, early = (0, 0), []
+    for _step in range(1000):
+        number = of.next_group(position)
+        position = tuple(used + 64 * (number == i) for i, used in enumerate(position))
+        early.append(position[0] - sum(position) / 400)
+    assert max(early) <= 32 and min(early) >= -32 and position[0] in (128, 192)
+
+
+def test_substitutes_come_from_all_sources_of_a_long_cycle() -> None:
+    """Sizes without a common factor make a cycle that 64 bits cannot count."""
+    sizes = [10_007, 10_009, 10_037, 10_039, 10_061]
+    images = [(np.arange(size) > 0).astype(int) for size in sizes]
+    group = blend(images, pure=True, weight=[1.0] * 5).groups[0]
+    assert len(group.parts) == 5 and group.apportionment.cycle > 1 << 65
+    rows = group.substitutes(3, range(1, 400))
+    assert np.bincount(np.searchsorted(np.cumsum(sizes), rows, side="right"), minlength=5).min() > 50
+
+
 def test_concatenation_reads_as_its_datasets_do(
     tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path, image_folder: Path
 ) -> None:
@@ -188,6 +217,13 @@ def test_a_run_does_not_go_on_with_other_sources(
         assert part in str(caught.value)
 
 
+def test_a_run_does_not_go_on_with_its_sources_in_another_order() -> None:
+    """In one group they take turns in that order."""
+    saved = blend([draw(50), draw(60)]).contents()
+    with pytest.raises(InputError, match=r"stood in another order \(s0, s1\), so the run cannot go on"):
+        resumed_position(blend([draw(60), draw(50)], name=["s1", "s0"]), [8], saved)
+
+
 def test_a_run_goes_on_where_nothing_that_matters_changed() -> None:
     two = blend([draw(50), draw(50)], **TWO)
     saved = two.contents()
@@ -196,6 +232,8 @@ def test_a_run_goes_on_where_nothing_that_matters_changed() -> None:
     more = blend([draw(50), draw(60)], **TWO | {"weight": [2.0, 4.0], "sequence_length": [16, 64]})
     position, (remark,) = resumed_position(more, [8, 16], saved)
     assert position == (8, 16) and "s1 had 50 samples" in remark and "60 now" in remark
+    other, (remark,) = resumed_position(blend([draw(50), draw(50, seed=1)], **TWO), [8, 16], saved)
+    assert other == (8, 16) and remark.startswith("s1 was prepared otherwise")
     one, renamed = blend([draw(50)]), blend([draw(50)], name=["x"], weight=[3.0])
     assert resumed_position(renamed, [8], one.contents()) == ((8,), [])
     assert resumed_position(one, 8, []) == ((8,), []), "an older checkpoint"

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from megamm.data import order
 from megamm.data.order import hashed, sample_at, samples_at, substitute_at
 
 GOLDEN = [798, 987, 752, 536, 993, 867, 930, 273]
@@ -30,6 +31,21 @@ def test_blocks_and_single_samples_agree() -> None:
         assert np.array_equal(samples_at(1, "a", start, 50, size), whole[start : start + 50])
         assert sample_at(1, "a", start, size) == whole[start]
     assert len(samples_at(1, "a", 9, 0, size)) == 0
+
+
+def test_many_epochs_are_permuted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed step takes hundreds of epochs of a small dataset."""
+    calls: list[int] = []
+
+    def counted(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
+        calls.append(len(values))
+        return feistel(values, keys, bits)
+
+    feistel = order._feistel
+    monkeypatch.setattr(order, "_feistel", counted)
+    rows = samples_at(7, "train", 6, 3000, 3)
+    assert (np.sort(rows.reshape(-1, 3)) == np.arange(3)).all()
+    assert len(calls) < 40
 
 
 def test_the_order_is_fixed_for_all_time() -> None:

@@ -231,6 +231,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["training.steps=0"], ["training.steps: 0 is not positive"]),
         (["optimizer.lr=-1"], ["optimizer.lr", "not positive"]),
         (["checkpoint.interval=-1"], ["checkpoint.interval: -1 is negative"]),
+        (["data.max_images=-1"], ["data.max_images: -1 is negative"]),
         (["model.language.num_kv_heads=0"], ["num_kv_heads: 0"]),
         (["model.language.num_kv_heads=3"], ["num_heads: 4 is not divisible", "3"]),
         (["model.language.num_heads=3"], ["hidden_size: 128 is not divisible", "129"]),
