@@ -86,13 +86,14 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         choices=get_args(TemplateName),
         default="vicuna",
         metavar="T",
-        help="prompt template: %(choices)s (default vicuna)",
+        help="prompt template: %(choices)s (default vicuna; plain and pair are for captions, interleaved and"
+        " text for documents)",
     )
 
 
 def _add_format_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--split", metavar="NAME", help="part of the data, where a file holds several (default train)"
+        "--split", metavar="NAME", help="ocrvqa and scienceqa: part of the data (default train)"
     )
     parser.add_argument(
         "--min-similarity",
@@ -126,10 +127,15 @@ def _instructions() -> Iterable[str]:
 
 def prepare(args: argparse.Namespace) -> int:
     """Run `megamm prepare`."""
-    from megamm.data.formats import FormatOptions
+    from megamm.data.formats import FORMATS, FormatOptions
     from megamm.data.prepare import prepare as run
+    from megamm.errors import InputError
 
     given = {name: getattr(args, name) for name in FormatOptions.__dataclass_fields__}
+    for name, value in given.items():
+        if value is not None and name not in FORMATS[args.format].uses:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: makes no difference to --format {args.format}; leave it out")
     report = run(
         sources=args.sources,
         out=args.out,

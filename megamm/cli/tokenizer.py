@@ -74,6 +74,8 @@ def prepare_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise InputError(f"{args.out}: exists already; choose another --out")
     training = [name for name in ("sources", "format", "vocab_size") if getattr(args, name)]
     if args.base is None:
         if args.add_token:
@@ -88,5 +90,3 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--from: a tokenizer is extended, not trained; leave out sources and their options")
     if any(not text for text in args.add_token):
         raise InputError("--add-token: is empty; give the text of the token")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise InputError(f"{args.out}: exists already; remove it or choose another --out")

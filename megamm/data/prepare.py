@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,7 +22,9 @@ from megamm import __version__
 from megamm.data import image_places, indexed
 from megamm.data.formats import Format, FormatOptions, make_format
 from megamm.data.image_store import describe
+from megamm.data.instructions import NONE as NO_INSTRUCTIONS
 from megamm.data.instructions import names as instruction_sets
+from megamm.data.manifest import FILE_NAME as MANIFEST
 from megamm.data.manifest import TOKENIZER_FOLDER, Manifest, describe_files, file_sha256
 from megamm.data.prepare_partial import Partial
 from megamm.data.prepare_progress import ProgressDisplay
@@ -31,6 +34,8 @@ from megamm.data.prepare_writer import DatasetWriter
 from megamm.data.templates import Template
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from megamm.errors import InputError, MegammError
+
+SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,20 @@ class PrepareReport:
         )
         if self.up_to_date:
             text += ", up to date"
+            if counts["skipped"]:
+                text += " (to look for images again, remove it)"
         if counts["dropped_images"]:
             text += f"; {counts['dropped_images']} images of documents left out"
         if counts["skipped"]:
-            text += f"; {counts['skipped']} entries skipped, see {self.skipped_path}"
+            text += f"; {counts['skipped']} entries skipped ({self._reasons()}), see {self.skipped_path}"
         return text
+
+    def _reasons(self) -> str:
+        """The most frequent reasons for which entries were skipped."""
+        with open(self.skipped_path, encoding="utf-8") as file:
+            found = Counter(str(json.loads(line)["reason"]) for line in file)
+        most = [f"{count} {reason}" for reason, count in found.most_common(SHOWN_REASONS)]
+        return ", ".join(most + ["..."] * (len(found) > SHOWN_REASONS))
 
 
 def prepare(
@@ -107,6 +121,11 @@ def prepare(
     out = Path(out)
     _check_choices(workers, instructions, image_checks)
     read, words = make_format(format, options), Template.by_name(template)
+    if instructions != NO_INSTRUCTIONS and words.takes != "conversation":
+        raise InputError(
+            f"instructions: the template {template} writes no questions; give a template for conversations, "
+            "or leave out --instructions"
+        )
     vocabulary = Tokenizer.load(tokenizer)
     sources = _existing(sources)
     sight = _sight(read, sources, images)
@@ -239,13 +258,7 @@ def _index_images(partial: Partial, sight: Sight, workers: int, display: Progres
 
 def _finish(partial: Partial, manifest: Manifest, workers: int) -> None:
     """Hash the files, write the manifest, make the directory appear."""
-    if not manifest.counts["samples"]:
-        with open(partial.dataset / indexed.SKIPPED, encoding="utf-8") as file:
-            first = file.readline().strip()
-        raise InputError(
-            f"{manifest.sources[0]}: every entry was skipped, the first being {first}; "
-            "check the folders or tar files given as images"
-        )
+    _refuse_nothing(partial.dataset / indexed.SKIPPED, manifest)
     with partial.writing():
         tokenizer = sorted(path.name for path in (partial.dataset / TOKENIZER_FOLDER).iterdir())
         names = [*indexed.FILES, *(f"{TOKENIZER_FOLDER}/{name}" for name in tokenizer)]
@@ -254,7 +267,29 @@ def _finish(partial: Partial, manifest: Manifest, workers: int) -> None:
     partial.commit()
 
 
+def _refuse_nothing(skipped: Path, manifest: Manifest) -> None:
+    """InputError where no sample is left, or none of those whose images were looked up."""
+    if manifest.counts["images"]:
+        return
+    with open(skipped, encoding="utf-8") as file:
+        lines = [line.strip() for line in islice(file, 1)]
+        file.seek(0)
+        lost = next((line.strip() for line in file if json.loads(line)["image"] is not None), None)
+    where = f"{manifest.sources[0]}: "
+    if lost is not None:
+        raise InputError(
+            f"{where}not one of the images could be used, the first being that of {lost}; "
+            "check the folders or tar files given as --images"
+        )
+    if not manifest.counts["samples"]:
+        if not lines:
+            raise InputError(f"{where}holds nothing of split {manifest.options['split']!r}; check --split")
+        raise InputError(f"{where}every entry was skipped, the first being {lines[0]}; check the sources")
+
+
 def _same_or_refuse(out: Path, preparation: str) -> PrepareReport:
+    if not (out / MANIFEST).is_file():  # it may be the user's pictures: never advise to remove it
+        raise InputError(f"{out}: exists and is no prepared dataset; choose another --out")
     refusal = InputError(f"{out}: exists and was prepared otherwise; remove it or choose another --out")
     try:
         found = Manifest.read(out)

@@ -184,7 +184,7 @@ class Renderer:
                 return Location(number, name, place.offset, place.length)
             if self.sight.containers[number].kind == "folder":
                 try:
-                    return self._store.find(number, name)
+                    return self._store.find(number, _below(self.sight.containers[number].path, name))
                 except ImageError as error:
                     problem = error
         raise problem
@@ -278,6 +278,11 @@ class _Building:
             crcs.append(content_crc(tokens[start:end], learnt[start:end], own, names[name:name_end]))
             start, image, name = end, image + count, name_end
         return np.array(crcs, "<u4")
+
+
+def _below(folder: str, name: str) -> str:
+    """The name within the folder of a file that is given by its whole path."""
+    return name[len(folder) + 1 :] if name.startswith(f"{folder}/") else name
 
 
 def _shown(image: ImageRef) -> str:

@@ -54,5 +54,9 @@ def test_wrong_use(arguments: list[str], message: str, tokenizer_dir: Path, tmp_
 def test_what_is_there_is_kept(tokenizer_dir: Path, capsys) -> None:
     before = {path.name: path.read_bytes() for path in tokenizer_dir.iterdir()}
     assert main(["prepare", "tokenizer", "--from", str(tokenizer_dir), "--out", str(tokenizer_dir)]) == 2
-    assert "exists already; remove it or choose another --out" in capsys.readouterr().err
+    assert "exists already; choose another --out" in capsys.readouterr().err
+    train = ["source.json", "--format", "llava", "--vocab-size", "400"]
+    for out in (tokenizer_dir, tokenizer_dir / "tokenizer.model"):
+        assert main(["prepare", "tokenizer", *train, "--out", str(out)]) == 2
+        assert "exists already; choose another --out" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in tokenizer_dir.iterdir()}

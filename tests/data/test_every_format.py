@@ -9,6 +9,7 @@ import pytest
 
 from megamm import cli
 from megamm.config import ImageConfig
+from megamm.data.formats import FORMATS
 from megamm.data.image_header import open_image
 from megamm.data.indexed import SKIPPED, PreparedDataset
 from megamm.data.templates import Turn
@@ -36,13 +37,8 @@ def template_for(example: Example) -> str:
 
 def options(example: Example) -> list[str]:
     given = example.options
-    numbers = {
-        "--split": given.split,
-        "--min-similarity": given.min_similarity,
-        "--max-images": given.max_images,
-        "--keep-single-image": given.keep_single_image,
-    }
-    return [text for name, value in numbers.items() for text in (name, str(value))]
+    names = FORMATS[example.format].uses
+    return [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
 
 
 def usable(wanted: Wanted) -> bool:

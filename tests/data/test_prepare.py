@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megamm.cli import main
+from megamm.data.formats import FormatOptions
 from megamm.data.indexed import FILES, SKIPPED, PreparedDataset
 from megamm.data.manifest import FILE_NAME
 from megamm.data.prepare import prepare, train_tokenizer_from_sources
@@ -20,6 +22,7 @@ from tests.data.helpers import (
     picture,
     prepared,
     use_chunks,
+    write_images,
     write_source,
     write_tar,
 )
@@ -136,9 +139,34 @@ def test_bad_images_are_skipped_and_told(tmp_path: Path, tokenizer_dir: Path) ->
 
 
 def test_no_usable_entry_is_an_error(tmp_path: Path, tokenizer_dir: Path, image_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"every entry was skipped.*nowhere.png.*check the folders"):
-        prepared(tmp_path, [entry(0, "nowhere.png", "a", "b")], tokenizer_dir, [image_folder])
-    assert not (tmp_path / "out").exists()
+    """Nor is a dataset that has lost all its images, though entries without images are left."""
+    lost = entry(0, "nowhere.png", "a", "b")
+    for entries in ([lost], [entry(1, None, "a", "b"), entry(2, None, "a", ""), lost]):
+        with pytest.raises(InputError, match=r"not one of the images.*nowhere.png.*check the folders"):
+            prepared(tmp_path, entries, tokenizer_dir, [image_folder])
+        assert not (tmp_path / "out").exists()
+
+
+def test_options_that_make_no_difference(tmp_path: Path, tokenizer_dir: Path, capsys: Any) -> None:
+    source = write_source(tmp_path / "a.json", [entry(1, None, "a", "b")])
+    command = ["prepare", str(source), "--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--format", "llava", "--max-images", "3"], "--max-images: makes no difference to --format llava"),
+        (["--format", "obelics", "--split", "val"], "--split: makes no difference to --format obelics"),
+        (["--format", "llava", "--template", "plain", "--instructions", "llava"], "writes no questions"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_entries(tmp_path: Path, tokenizer_dir: Path) -> None:
+    problem = {"split": "train", "question": "a", "choices": ["b"], "answer": 0}
+    problems = tmp_path / "problems.json"
+    problems.write_text(json.dumps({"1": problem}))
+    options = FormatOptions(split="val")
+    with pytest.raises(InputError, match="split 'val'; check --split"):
+        prepare([problems], "scienceqa", tmp_path / "out", tokenizer_dir, [], "vicuna", 1, options=options)
 
 
 def test_preparing_again(tmp_path: Path, tokenizer_dir: Path, image_folder: Path, names: list[str]) -> None:
@@ -160,7 +188,7 @@ def test_preparing_again(tmp_path: Path, tokenizer_dir: Path, image_folder: Path
     with pytest.raises(InputError, match="is damaged; remove it"):
         prepared(tmp_path, entries, tokenizer_dir, [image_folder])
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match="exists and was prepared otherwise"):
+    with pytest.raises(InputError, match=r"other: exists and is no prepared dataset; choose another --out$"):
         prepared(tmp_path, entries, tokenizer_dir, [image_folder], "other")
 
 
@@ -286,3 +314,18 @@ def test_a_tokenizer_from_sources_knows_the_template(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 420
     for word in ("USER", "ASSISTANT", "assistant"):
         assert len(tokenizer.encode(word)) <= 2, word
+
+
+def test_images_may_be_given_by_their_whole_path(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (name,) = write_images(tmp_path / "images", 1)
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes((tmp_path / "images" / name).read_bytes())
+    entries = [
+        entry(0, str(tmp_path / "images" / name), "a", "b"),
+        entry(1, str(outside), "a", "b"),
+        entry(2, f"{tmp_path}/images/../outside.jpg", "a", "b"),
+    ]
+    report = prepared(tmp_path, entries, tokenizer_dir, [tmp_path / "images"])
+    assert (report.counts["samples"], report.counts["skipped"]) == (1, 2)
+    assert "2 entries skipped (2 the path leaves the image folder), see" in report.summary()
+    assert PreparedDataset(report.out).location(0).name == name

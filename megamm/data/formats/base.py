@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from megamm.data.conversation import Conversation, Skipped
 from megamm.errors import InputError
@@ -56,7 +56,13 @@ class FormatOptions:
 
 class Format(ABC):
     """A layout of source files. Chunks do not depend on the number of processes, so neither do the bytes
-    that `megamm prepare` writes."""
+    that `megamm prepare` writes.
+
+    Attributes:
+        uses: the options (fields of FormatOptions) that make a difference.
+    """
+
+    uses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: FormatOptions = FormatOptions()) -> None:
         self.options = options

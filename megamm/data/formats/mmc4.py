@@ -40,6 +40,8 @@ class Mmc4(RecordFormat):
     In a tar, images of up to 10 kilobytes are left aside first.
     """
 
+    uses = ("min_similarity", "max_images", "keep_single_image")
+
     def chunks(self, sources: Sequence[Path]) -> Iterator[Chunk]:
         for number, path in enumerate(sources):
             if not tarfile_like(path):

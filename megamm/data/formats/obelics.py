@@ -23,6 +23,8 @@ class Obelics(Format):
     The options `max_images` and `keep_single_image` hold. Needs pyarrow.
     """
 
+    uses = ("max_images", "keep_single_image")
+
     def __init__(self, options: FormatOptions = FormatOptions()) -> None:  # noqa: B008 (frozen)
         super().__init__(options)
         self._rows: _Rows | None = None

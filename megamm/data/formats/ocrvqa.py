@@ -24,6 +24,8 @@ class OcrVqa(RecordFormat):
     Images are the id with the ending of "imageURL", or ".jpg", also in "images/".
     """
 
+    uses = ("split",)
+
     def __init__(self, options: FormatOptions = FormatOptions()) -> None:  # noqa: B008 (frozen)
         super().__init__(options)
         if options.split not in SPLITS:

@@ -21,6 +21,8 @@ class ScienceQa(RecordFormat):
     Images are "<split>/<id>/<image>", also within "images/" and without the split.
     """
 
+    uses = ("split",)
+
     def blocks(self, path: Path) -> Iterator[Block]:
         return item_blocks(path)
 

@@ -28,7 +28,7 @@ MEDIA = ("video", "videos", "audio", "audios")
 
 
 class ShareGpt(RecordFormat):
-    """A system message goes before the first question, since templates bring their own. An answer before
+    """A system message, at the start or as LLaMA-Factory's "system", becomes the template's. An answer before
     the first question and a question after the last answer are dropped; images without any placeholder go
     before the first question. Chats with other roles (tools), turns that do not alternate, or other media
     are left out, and those with more or fewer placeholders than images."""
@@ -41,10 +41,12 @@ class ShareGpt(RecordFormat):
         chat = _Chat(entry)
         if chat.odd:
             return Skipped(key, position, chat.odd)
-        turns = trimmed(_without_system(chat.turns))
+        system, turns = _system_apart(chat.turns)
+        system = system or entry.text_or_none("system")
+        turns = trimmed(turns)
         if not turns or not alternates(turns):
             return Skipped(key, position, "questions and answers do not alternate")
-        return _with_images(key, position, turns, chat.images)
+        return _with_images(key, position, turns, chat.images, system)
 
 
 class _Chat:
@@ -102,20 +104,17 @@ class _Chat:
         return f"{IMAGE_TOKEN}\n"
 
 
-def _without_system(turns: list[tuple[str, str]]) -> list[Turn]:
-    """The turns, what the system says at the start within the first question. What it says later stays a
-    turn, which no answer alternates with."""
+def _system_apart(turns: list[tuple[str, str]]) -> tuple[str, list[Turn]]:
+    """What the system says at the start, and the other turns. What it says later stays a turn, which no
+    answer alternates with."""
     system = ""
     if turns and turns[0][0] == "system":
         system, turns = plain(turns[0][1]).strip(), turns[1:]
-    found = [Turn(role, text) for role, text in turns]  # type: ignore[arg-type]
-    if system and found and found[0].role == "user":
-        found[0] = Turn("user", f"{system}\n\n{found[0].text}")
-    return found
+    return system, [Turn(role, text) for role, text in turns]  # type: ignore[arg-type]
 
 
 def _with_images(
-    key: str, position: int, turns: list[Turn], images: list[ImageRef]
+    key: str, position: int, turns: list[Turn], images: list[ImageRef], system: str
 ) -> Conversation | Skipped:
     placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if images and not placeholders:
@@ -124,7 +123,7 @@ def _with_images(
         return Skipped(key, position, f"has {placeholders} {IMAGE_TOKEN} placeholders, {len(images)} images")
     if any(IMAGE_TOKEN in turn.text for turn in turns if turn.role == "assistant"):
         return Skipped(key, position, f"has an {IMAGE_TOKEN} placeholder in an answer")
-    return Conversation(key, position, images, turns)
+    return Conversation(key, position, images, [Turn("system", system), *turns] if system else turns)
 
 
 def _images(entry: Fields) -> list[ImageRef]:

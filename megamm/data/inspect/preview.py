@@ -86,8 +86,9 @@ class Previewer:
             "sources": _few(manifest.sources),
             "format": manifest.source_format,
             "template": manifest.template,
+            "instructions": manifest.instructions,
             "tokenizer": f"{manifest.vocab_size} ids, sha256 {manifest.tokenizer_sha256}",
-            "images in": _few([f"{kind} {path}" for kind, path, _ in manifest.containers]),
+            "images in": _few(list(dict.fromkeys(path for _, path, _ in manifest.containers))),
             "skipped entries": str(counts.get("skipped", 0)),
             "truncation": self._limits_text(),
         }

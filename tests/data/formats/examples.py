@@ -101,7 +101,7 @@ def sharegpt(root: Path) -> Example:
         Wanted([], qa("Hello?", "Hello.")),
         Wanted([jpeg(1)], qa(f"<image>{SHORT}", "A cup.")),
         Wanted([jpeg(1), jpeg(2)], qa(f"<image>\n<image>\n{SHORT}", "A cup.")),
-        Wanted([jpeg(2)], qa(f"Be brief.\n\n<image>\n{SHORT} Not .", "A cup.")),
+        Wanted([jpeg(2)], [Turn("system", "Be brief."), *qa(f"<image>\n{SHORT} Not .", "A cup.")]),
         Wanted([jpeg(3)], qa("See <image>\n", "A cup.")),
     ]
     return Example("sharegpt", sources, [images], wanted, ["1 <image> placeholders, 0 images", "'tool'"])

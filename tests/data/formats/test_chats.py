@@ -10,6 +10,7 @@ import pytest
 from megamm.data.conversation import Conversation, Skipped
 from megamm.data.formats import make_format
 from megamm.data.formats import text as text_format
+from megamm.data.templates import Turn
 from megamm.errors import InputError
 from tests.data.formats.example import write_json, write_lines
 
@@ -76,6 +77,22 @@ def test_images_that_parts_name(tmp_path: Path) -> None:
     assert isinstance(found, Conversation)
     assert found.images == ["/data/1.jpg", ("https://a.b/2.jpg", "2.jpg")]
     assert found.turns[0].text == "<image>\nand<image>\n"
+
+
+def test_system_messages(tmp_path: Path) -> None:
+    """They stay turns of their own, at the start or beside the turns: the template has its place for them."""
+    turns = [Turn("user", "a"), Turn("assistant", "b")]
+    for entry, system in (
+        (chat(("system", " Be <image>brief. "), ("user", "a"), ("assistant", "b")), "Be brief."),
+        (chat(("user", "a"), ("assistant", "b"), system="Be brief."), "Be brief."),
+        (chat(("system", " "), ("user", "a"), ("assistant", "b"), system=None), ""),
+    ):
+        (found,) = read("sharegpt", write_json(tmp_path / "a.json", [entry]))
+        assert isinstance(found, Conversation)
+        assert found.turns == ([Turn("system", system)] if system else []) + turns
+    (found,) = read("sharegpt", write_json(tmp_path / "a.json", [entry | {"system": "S", "images": ["1"]}]))
+    assert isinstance(found, Conversation)
+    assert found.turns == [Turn("system", "S"), Turn("user", "<image>\na"), turns[1]]
 
 
 def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
