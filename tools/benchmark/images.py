@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,27 +276,41 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.folder, arguments.seconds)), flush=True)
         os._exit(0)  # loaders without end are not waited for
-    names = [name for name in arguments.only if is_there(name)]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        write_pictures(Path(folder), arguments.images)
-        for _ in range(arguments.rounds):
-            for name in names:
-                found[name].append(measure_apart(name, Path(folder), arguments.seconds))
-                print(f"{name}: {found[name][-1]['images_per_s']:.0f} images/s", file=sys.stderr, flush=True)
+    print(
+        "\n".join(
+            table(arguments.folder, arguments.rounds, arguments.images, arguments.seconds, arguments.only)
+        )
+    )
+
+
+def table(
+    folder: Path,
+    rounds: int = 3,
+    images: int = 256,
+    seconds: float = 5.0,
+    contenders: Sequence[str] = tuple(CONTENDERS),
+) -> list[str]:
+    """The lines of the table, after `rounds` turns of each contender in processes of their own."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders if is_there(name)}
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        write_pictures(Path(made), images)
+        for _ in range(rounds):
+            for name, turns in found.items():
+                turns.append(measure_apart(name, Path(made), seconds))
+                print(f"{name}: {turns[-1]['images_per_s']:.0f} images/s", file=sys.stderr, flush=True)
     speeds = {name: [each["images_per_s"] for each in all_] for name, all_ in found.items()}
     base = statistics.median(next(iter(speeds.values())))
-    print(f"| JPEG 640 x 480 to float CHW {SIZE} | images/s (from - to) | ratio | levels off, mean | worst |")
-    print("|---|---|---|---|---|")
-    for name, rounds in speeds.items():
-        middle, last = statistics.median(rounds), found[name][-1]
-        print(
-            f"| {name} | {middle:.0f} ({min(rounds):.0f} - {max(rounds):.0f}) | {middle / base:.2f} "
+    lines = [
+        f"| JPEG 640 x 480 to float CHW {SIZE} | images/s (from - to) | ratio | levels off, mean | worst |",
+        "|---|---|---|---|---|",
+    ]
+    for name, turns_of in speeds.items():
+        middle, last = statistics.median(turns_of), found[name][-1]
+        lines.append(
+            f"| {name} | {middle:.0f} ({min(turns_of):.0f} - {max(turns_of):.0f}) | {middle / base:.2f} "
             f"| {last['mean_levels']:.2f} | {last['worst_levels']:.2f} |"
         )
-    for name in arguments.only:
-        if name not in names:
-            print(f"| {name} | not installed | | | |")
+    return lines + [f"| {name} | not installed | | | |" for name in contenders if name not in found]
 
 
 if __name__ == "__main__":
