@@ -112,10 +112,8 @@ class Blend:
         Args:
             dataset: opened from recipe.data.
         """
-        sources = recipe.data.sources()
-        self._rates = _rates(sources)
-        names = [source.name for source in sources]
-        self._fingerprints = dict(zip(names, dataset.fingerprints(), strict=True))
+        self._dataset = dataset
+        self._rates = _rates(recipe.data.sources())
         # of a step, about: so that the rarest group does not begin the run, nor come a whole step early
         self._half = Fraction(recipe.training.global_batch_size, 2)
         found = list(_stretches(dataset, recipe.data))
@@ -145,6 +143,7 @@ class Blend:
 
     def contents(self) -> list[dict[str, Any]]:
         """What the groups consist of, for checkpoints and other ranks; JSON."""
+        fingerprints = dict(zip(self._rates, self._dataset.fingerprints(), strict=True))
         return [
             {
                 "group": number,
@@ -152,7 +151,7 @@ class Blend:
                 "kind": part.kind,
                 "samples": len(part.rows),
                 "rate": self._rates[part.source],
-                "fingerprint": self._fingerprints[part.source],
+                "fingerprint": fingerprints[part.source],
             }
             for number, group in enumerate(self.groups)
             for part in group.parts

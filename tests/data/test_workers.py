@@ -201,10 +201,11 @@ def test_they_end_with_their_parent(
 ) -> None:
     """Ctrl-C goes to the whole group of the parent, and so does SIGKILL here. Nothing stays in /dev/shm."""
     script = textwrap.dedent(f"""
-        import sys
+        import signal
         from tests.data.helpers import recipe
         from megamm.data.loader import BatchLoader
         from megamm.data.tokenizer import Tokenizer
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
         settings = recipe({str(varied_dir)!r}, {str(tokenizer_dir)!r}, workers=2)
         with BatchLoader(settings, Tokenizer.load({str(tokenizer_dir)!r}), 0, 0, 1, None) as loader:
             for number, batch in enumerate(loader):
