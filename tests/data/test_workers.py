@@ -225,7 +225,10 @@ def test_they_end_with_their_parent(
     children = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(children) == 2 and all(psutil.pid_exists(pid) for pid in children)
     os.killpg(parent.pid, end)
-    _, errors = parent.communicate(timeout=30)
+    try:
+        _, errors = parent.communicate(timeout=30)
+    finally:
+        parent.kill()
     assert parent.returncode != 0
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in children) and time.monotonic() < deadline:
