@@ -47,7 +47,7 @@ def entries(image_folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "rounds", [6, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "rounds", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 @pytest.mark.parametrize("tar", [False, True])
 def test_killed_at_any_operation(
