@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -392,10 +393,15 @@ def test_every_example_recipe_loads() -> None:
         load_recipe(path)
 
 
-def test_the_recipe_in_the_readme_loads(tmp_path: Path) -> None:
-    blocks = (ROOT / "README.md").read_text().split("```yaml\n")[1:]
-    assert blocks
-    for block in blocks:
-        path = tmp_path / "readme.yaml"
-        path.write_text(block.split("```")[0])
-        assert validate(load_recipe(path)) == []
+def test_the_recipes_in_the_documentation_load(tmp_path: Path) -> None:
+    """A whole one, and parts that may stand in it."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/data.md")]
+    blocks = [part.split("```")[0] for text in texts for part in text.split("```yaml\n")[1:]]
+    path = tmp_path / "whole.yaml"
+    path.write_text(next(block for block in blocks if "name: my-llava" in block))
+    whole = load_recipe(path)
+    assert validate(whole) == []
+    parts = [yaml.safe_load(block) for block in blocks if "name: my-llava" not in block]
+    assert len(parts) == 2
+    for part in parts:
+        assert validate(recipe_from_dict(asdict(whole) | part)) == []
