@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megamm import __version__
 from megamm.data import image_places, indexed
-from megamm.data.formats import Format, FormatOptions, make_format
+from megamm.data.formats import Chunk, Format, FormatOptions, make_format
 from megamm.data.image_store import describe
 from megamm.data.instructions import NONE as NO_INSTRUCTIONS
 from megamm.data.instructions import names as instruction_sets
@@ -119,13 +119,8 @@ def prepare(
         RunError: the disk is full or not writable, or a worker died.
     """
     out = Path(out)
-    _check_choices(workers, instructions, image_checks)
     read, words = make_format(format, options), Template.by_name(template)
-    if instructions != NO_INSTRUCTIONS and words.takes != "conversation":
-        raise InputError(
-            f"instructions: the template {template} writes no questions; give a template for conversations, "
-            "or leave out --instructions"
-        )
+    _check_choices(workers, instructions, image_checks, words)
     vocabulary = Tokenizer.load(tokenizer)
     sources = _existing(sources)
     sight = _sight(read, sources, images)
@@ -163,15 +158,8 @@ def prepare(
                 image_checks,
             )
             chunks = display.watch(islice(read.chunks(sources), done.chunks, None))
-            with (
-                DatasetWriter(partial, done, vocabulary.vocab_size) as writer,
-                closing(in_order(renderer, chunks, workers)) as rendered,
-            ):
-                for piece in rendered:
-                    writer.write(piece)
-                    display.update(writer.counts["samples"])
-                display.stage("hashing what was written")
-                writer.finish()
+            with DatasetWriter(partial, done, vocabulary.vocab_size) as writer:
+                _render(renderer, chunks, writer, workers, display)
             manifest.counts = writer.counts
             _finish(partial, manifest, workers)
         except InputError:  # it is in the sources: corrected, they are others, and this work is of no use
@@ -198,7 +186,7 @@ def train_tokenizer_from_sources(
     return train_tokenizer(texts, out, vocab_size)
 
 
-def _check_choices(workers: int, instructions: str, image_checks: str) -> None:
+def _check_choices(workers: int, instructions: str, image_checks: str, words: Template) -> None:
     if workers < 1:
         raise InputError(f"workers: is {workers}; give 1 or more")
     for name, given, known in (
@@ -207,6 +195,11 @@ def _check_choices(workers: int, instructions: str, image_checks: str) -> None:
     ):
         if given not in known:
             raise InputError(f"{name}: there is no {given!r}; choose one of {', '.join(known)}")
+    if instructions != NO_INSTRUCTIONS and words.takes != "conversation":
+        raise InputError(
+            f"instructions: the template {words.name} writes no questions; give a template for "
+            "conversations, or leave out --instructions"
+        )
 
 
 def _existing(sources: list[Path]) -> list[Path]:
@@ -254,6 +247,18 @@ def _index_images(partial: Partial, sight: Sight, workers: int, display: Progres
 
     with partial.writing():
         image_places.build(sight.searched_tars(), partial.path, ordered_map)
+
+
+def _render(
+    renderer: Renderer, chunks: Iterable[Chunk], writer: DatasetWriter, workers: int, display: ProgressDisplay
+) -> None:
+    """Render what is left of the chunks and append it in their order."""
+    with closing(in_order(renderer, chunks, workers)) as rendered:
+        for piece in rendered:
+            writer.write(piece)
+            display.update(writer.counts["samples"])
+        display.stage("hashing what was written")
+        writer.finish()
 
 
 def _finish(partial: Partial, manifest: Manifest, workers: int) -> None:
