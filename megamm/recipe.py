@@ -39,7 +39,15 @@ __all__ = [
 MAX_RECIPE_BYTES = 1 << 20
 PRESET_DIR = Path(__file__).parent / "models" / "presets"
 PRESET_SECTIONS = {"model.language": "language.yaml", "model.vision": "vision.yaml"}
-PATH_KEYS = ("run_dir", "tokenizer", "data.train", "training.init_from")  # `~` is expanded
+PATH_KEYS = (  # in which `~` is expanded
+    "run_dir",
+    "tokenizer",
+    "data.train",
+    "training.init_from",
+    "validation.data",
+    "validation.questions",
+    "validation.images",
+)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,6 +6,7 @@ and validates recipes; nothing else parses them.
 
 from __future__ import annotations
 
+from megamm.config.data import DataConfig, ImageConfig, NamedSource, SourceConfig
 from megamm.config.model import (
     UNCOMPARED_KEYS,
     ConnectorConfig,
@@ -18,19 +19,20 @@ from megamm.config.model import (
 )
 from megamm.config.stage import (
     CheckpointConfig,
-    DataConfig,
-    ImageConfig,
+    Fp8Config,
+    HardwareConfig,
     LogConfig,
-    NamedSource,
     OptimizerConfig,
     ParallelConfig,
+    PartOptimizerConfig,
+    PreflightConfig,
     Recipe,
     RecomputeConfig,
     ResumeConfig,
-    SourceConfig,
     TemplateName,
     TrainingConfig,
     UnfreezeConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "ConnectorConfig",
     "CrossAttentionConfig",
     "DataConfig",
+    "Fp8Config",
+    "HardwareConfig",
     "ImageConfig",
     "LanguageConfig",
     "LogConfig",
@@ -48,6 +52,8 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Part",
+    "PartOptimizerConfig",
+    "PreflightConfig",
     "Recipe",
     "RecomputeConfig",
     "ResumeConfig",
@@ -55,5 +61,6 @@ __all__ = [
     "TemplateName",
     "TrainingConfig",
     "UnfreezeConfig",
+    "ValidationConfig",
     "VisionConfig",
 ]

@@ -1,12 +1,11 @@
-"""What a stage of training is: data, optimizer, layout, steps, checkpoints; and the recipe of it all."""
+"""What a stage of training is: optimizer, layout, steps, checkpoints; and the recipe of it all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
-from pathlib import PurePath
-from typing import Literal, NamedTuple, Optional, Union
+from typing import Literal, Optional
 
+from megamm.config.data import DataConfig
 from megamm.config.model import ModelConfig, Part
 
 # Of the templates in megamm/data/presets/templates.yaml.
@@ -16,125 +15,20 @@ TemplateName = Literal[
 
 
 @dataclass
-class ImageConfig:
-    """How pictures become tensors.
+class PartOptimizerConfig:
+    """What the optimizer does differently with the weights of one part.
 
     Attributes:
-        loader: "dali", "pillow", or "auto" (DALI where it works).
-        fit: "squash" resizes to the square, "crop" resizes the shorter edge and crops the centre,
-            "pad" pads to a square with the mean colour first.
-        random_crop_scale: training only; crop a random area of at least this share of the picture
-            and resize it (1.0 switches it off). Evaluation never crops at random.
-        random_flip: training only; mirror left-right with probability one half.
-        mean, std: per channel, for values in [0, 1].
-        scaled_decode: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still at least as large as
-            what is made of it: two to three times as fast, and one or two of 255 levels off on average. null:
-            in training alone.
-        decode_device: "gpu" decodes and resizes on the GPU of the training process (DALI, data.workers 0);
-            "auto" is "cpu".
-        max_pixels: larger pictures are refused before they are decoded.
-        num_workers: decoding threads of each loading process.
+        part: as in training.freeze.
+        lr: peak rate instead of optimizer.lr; the minimum falls or rises in proportion, unless `min_lr`
+            gives it. The schedule is that of the stage.
+        weight_decay: instead of optimizer.weight_decay, for those of its weights that decay at all.
     """
 
-    loader: Literal["auto", "dali", "pillow"] = "auto"
-    fit: Literal["squash", "crop", "pad"] = "crop"
-    random_crop_scale: float = 1.0
-    random_flip: bool = False
-    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-    scaled_decode: Optional[bool] = None
-    decode_device: Literal["auto", "cpu", "gpu"] = "auto"
-    max_pixels: int = 64_000_000
-    num_workers: int = 1
-
-
-@dataclass
-class SourceConfig:
-    """One of several datasets that are trained on together. Either all have a weight, or all have epochs, or
-    none has either: then each counts as one epoch.
-
-    Attributes:
-        path: a directory written by `megamm prepare`.
-        weight: its part of the samples, compared with the other weights.
-        epochs: how often each of its samples comes while those of a source of one epoch come once.
-        sequence_length: S of its rows; None means data.sequence_length. Sources of different S never share
-            a step.
-        name: in logs and checkpoints, and part of the key of its order; None means the last part of the path.
-    """
-
-    path: str
-    weight: Optional[float] = None
-    epochs: Optional[float] = None
-    sequence_length: Optional[int] = None
-    name: Optional[str] = None
-
-
-class NamedSource(NamedTuple):
-    """A source with everything that its recipe leaves to defaults. `rate` is its weight or its epochs."""
-
-    name: str
-    path: str
-    sequence_length: int
-    rate: Fraction
-    by_weight: bool
-
-
-@dataclass
-class DataConfig:
-    """What is trained on.
-
-    Attributes:
-        train: a directory written by `megamm prepare`, or a list of several, each with its share. How long
-            the stage is, training.steps says.
-        sequence_length: S; shorter samples are padded, longer ones truncated (never inside an image).
-        pure_batches: samples with images and those without never share a step.
-        pack: fill rows with several whole samples, each of which attends to itself alone. A micro-batch is
-            then one row of micro_batch_size * sequence_length positions, and global_batch_size counts rows
-            of sequence_length. Off: one sample per row, padded.
-        balance: deal the samples of a step over its micro-batches so that they cost about the same (text
-            and images both counted); which samples a step has does not change.
-        max_images: per sample; a sample with more is cut before the first image too many. With `pack`, a
-            micro-batch has at most micro_batch_size times as many.
-        max_bad_images: stop the run when more than this share of samples had to be replaced.
-        prefetch: micro-batches prepared ahead.
-        workers: loader processes of each reading rank; 0 loads in a thread of the training process.
-    """
-
-    train: Optional[Union[str, list[SourceConfig]]] = None
-    sequence_length: int = 2048
-    pure_batches: bool = False
-    pack: bool = False
-    balance: bool = True
-    max_images: int = 8
-    image: ImageConfig = field(default_factory=ImageConfig)
-    max_bad_images: float = 0.05
-    prefetch: int = 4
-    workers: int = 0
-
-    def sources(self) -> list[NamedSource]:
-        """The datasets of `train`, with all defaults filled in."""
-        given = [SourceConfig(self.train)] if isinstance(self.train, str) else self.train or []
-        by_weight = any(source.weight is not None for source in given)
-        return [
-            NamedSource(
-                source.name or PurePath(source.path).name,
-                source.path,
-                source.sequence_length or self.sequence_length,
-                _as_written((source.weight if by_weight else source.epochs) or 1.0),
-                by_weight,
-            )
-            for source in given
-        ]
-
-    def sequence_lengths(self) -> list[int]:
-        """Every S that rows may have, each once."""
-        lengths = [source.sequence_length for source in self.sources()]
-        return list(dict.fromkeys(lengths or [self.sequence_length]))
-
-
-def _as_written(number: float) -> Fraction:
-    """0.1 as one tenth, not as the binary number that comes close to it."""
-    return Fraction(str(number))
+    part: Part
+    lr: Optional[float] = None
+    min_lr: Optional[float] = None
+    weight_decay: Optional[float] = None
 
 
 @dataclass
@@ -144,6 +38,9 @@ class OptimizerConfig:
     Attributes:
         decay_steps: steps over which the rate falls from `lr` to `min_lr`; None means training.steps.
         clip_grad: global gradient norm limit; 0 switches clipping off.
+        no_decay: weights that do not decay: "vectors" are biases, norms and gates, "embeddings" those of
+            tokens (and the output layer that shares them), "latents" the resampler's or the Q-Former's.
+        parts: rates and decay of single parts, each at most once.
     """
 
     lr: float = 1e-3
@@ -156,6 +53,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    no_decay: list[Literal["vectors", "embeddings", "latents"]] = field(default_factory=lambda: ["vectors"])
+    parts: list[PartOptimizerConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -195,10 +94,13 @@ class UnfreezeConfig:
         vision, language: the first block (from 0) that is trained, although training.freeze names the
             module; None: none of it. What lies behind the blocks (final norm, output layer) is trained
             along with them, embeddings are not.
+        new_tokens: the embeddings (and rows of the output layer) of the model.language.added_vocab tokens
+            that were added to a pretrained vocabulary; the others stay as they are, bit for bit.
     """
 
     vision: Optional[int] = None
     language: Optional[int] = None
+    new_tokens: bool = False
 
 
 @dataclass
@@ -221,6 +123,33 @@ class RecomputeConfig:
 
 
 @dataclass
+class Fp8Config:
+    """Matrix multiplications of the decoder in 8 bits, by Transformer Engine (needs parallel.backend te and a
+    GPU of compute capability 8.9 or newer). Encoder, connector, embeddings and output layer stay in bf16.
+
+    Attributes:
+        scaling: where a tensor's scale comes from: "delayed", from its largest values in the last
+            `amax_history` steps (Micikevicius et al. 2022); "current", from its own; "blockwise", one for
+            each block of 128 values (Hopper); "mxfp8", one for each 32 (Blackwell). "off": bf16.
+        format: "hybrid" is E4M3 forward and E5M2 backward, "e4m3" both ways.
+        amax_history, amax_choice: of "delayed".
+        margin: powers of two that are left free above the largest value.
+        bf16_layers_at_start, bf16_layers_at_end: decoder layers that stay in bf16.
+        weights: the model's copy of the decoder's weights is kept in 8 bits as well; the optimizer has
+            them in fp32.
+    """
+
+    scaling: Literal["off", "delayed", "current", "blockwise", "mxfp8"] = "off"
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    amax_history: int = 1024
+    amax_choice: Literal["max", "most_recent"] = "max"
+    margin: int = 0
+    bf16_layers_at_start: int = 0
+    bf16_layers_at_end: int = 0
+    weights: bool = False
+
+
+@dataclass
 class TrainingConfig:
     """What one stage does.
 
@@ -229,7 +158,11 @@ class TrainingConfig:
         freeze: parts that are not trained; "language" is the decoder without gated blocks and adapters.
         unfreeze: last blocks of frozen parts that are trained all the same.
         recompute: activations that are computed again instead of being kept.
-        init_from: a checkpoint whose weights start this stage (optimizer and step start afresh).
+        fp8: matrix multiplications in 8 bits; `precision` is that of everything else.
+        init_from: a checkpoint whose weights start this stage.
+        init_optimizer: what becomes of the moments of AdamW that come with `init_from`: "reset" starts
+            afresh; "keep" takes them over, which needs them for every weight that is trained now. Steps,
+            schedule and position in the data always start afresh.
         device: "auto" takes CUDA when there is one.
     """
 
@@ -240,7 +173,9 @@ class TrainingConfig:
     freeze: list[Part] = field(default_factory=list)
     unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     init_from: Optional[str] = None
+    init_optimizer: Literal["reset", "keep"] = "reset"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -273,16 +208,76 @@ class ResumeConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """What is looked at while the stage is trained; it changes nothing in training.
+
+    Attributes:
+        interval: optimizer steps between looks; 0: none. The last step has one as well.
+        data: a directory written by `megamm prepare`: its mean loss is logged.
+        batches: micro-batches of `data`, over all data-parallel ranks together; always the same ones.
+        questions: a file of questions in LLaVA's JSON format, answered by the model as it stands: picture,
+            question and answer are kept as a panel.
+        images: folder that the pictures of `questions` are relative to; None: that of the file.
+        num_questions: how many of them, from the first on.
+        max_new_tokens: of an answer.
+    """
+
+    interval: int = 0
+    data: Optional[str] = None
+    batches: int = 16
+    questions: Optional[str] = None
+    images: Optional[str] = None
+    num_questions: int = 4
+    max_new_tokens: int = 48
+
+
+@dataclass
+class PreflightConfig:
+    """What is checked before the first step: what does not hold stops the run, is a warning, or is not looked
+    at.
+
+    Attributes:
+        data: the data sets, by a sample of their rows and pictures.
+        memory: the estimate of what a step needs against what the device has.
+        disk: room for the checkpoints that are kept at once.
+        network: a small collective over all processes, and one in each group, answers in time.
+    """
+
+    data: Literal["stop", "warn", "off"] = "stop"
+    memory: Literal["stop", "warn", "off"] = "warn"
+    disk: Literal["stop", "warn", "off"] = "stop"
+    network: Literal["stop", "warn", "off"] = "stop"
+
+
+@dataclass
+class HardwareConfig:
+    """What the stage is meant to run on: the default of `megamm plan`. Training takes what it is started on.
+
+    Attributes:
+        gpus: how many; None: as many as one copy of the model needs.
+        gpu: which, as in megamm/planning/presets/hardware.yaml.
+    """
+
+    gpus: Optional[int] = None
+    gpu: Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"] = "h100-80gb"
+
+
+@dataclass
 class LogConfig:
     """What the run reports.
 
     Attributes:
         interval: optimizer steps between log lines.
         tensorboard: also write TensorBoard event files into the run directory.
+        loss_half_life: steps after which a loss counts half in the smoothed loss (an exponential moving
+            average without bias at the start).
+        wandb: name of a Weights & Biases project that gets the metrics too (needs the extra [wandb]).
     """
 
     interval: int = 10
     tensorboard: bool = True
+    loss_half_life: float = 20.0
+    wandb: Optional[str] = None
 
 
 @dataclass
@@ -311,4 +306,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)

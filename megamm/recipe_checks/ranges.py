@@ -23,6 +23,11 @@ POSITIVE_KEYS = [
     "parallel.timeout_s",
     "checkpoint.keep",
     "log.interval",
+    "log.loss_half_life",
+    "validation.batches",
+    "validation.num_questions",
+    "validation.max_new_tokens",
+    "training.fp8.amax_history",
     "model.language.norm_eps",
     "model.language.rope_theta",
     "model.language.init_std",
@@ -50,6 +55,7 @@ OPTIONAL_POSITIVE_KEYS = [
     "optimizer.decay_steps",
     "parallel.virtual_pipeline",
     "training.recompute.layers",
+    "hardware.gpus",
 ]
 NOT_NEGATIVE_KEYS = [
     "seed",
@@ -61,6 +67,10 @@ NOT_NEGATIVE_KEYS = [
     "optimizer.clip_grad",
     "model.lora.rank",
     "checkpoint.interval",
+    "validation.interval",
+    "training.fp8.margin",
+    "training.fp8.bf16_layers_at_start",
+    "training.fp8.bf16_layers_at_end",
 ]
 
 
