@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def train(args: argparse.Namespace) -> int:
 
         print(dry_run(recipe, args.world, args.rank))
         return 0
+    from megamm.engine.launcher import take_place_from_slurm
     from megamm.training.train import train as run
 
+    take_place_from_slurm(os.environ)
     return run(recipe)

@@ -21,11 +21,13 @@ from megamm.recipe import recipe_to_yaml
 from megamm.training.feed import BatchFeed
 from megamm.training.logging import RunLogger, StepStats
 from megamm.training.setup import Session, build_session
+from megamm.training.stopping import STOPPED, StopRequests
 
 
 def train(recipe: Recipe) -> int:
     """Run the stage that `recipe` describes, from its start or from the newest checkpoint of its run
-    directory, to its last step; every rank of the run calls this. Returns the exit code.
+    directory, to its last step; every rank of the run calls this. Returns the exit code: 0, or
+    `stopping.STOPPED` if a signal ended the run after a checkpoint.
 
     Raises:
         InputError, RunError: with the remedy; on every rank.
@@ -35,20 +37,21 @@ def train(recipe: Recipe) -> int:
         session = build_session(recipe, early_lines.append)
         logger = _logger(session, early_lines)
         try:
-            _run(session, logger)
+            with StopRequests(session.groups.device) as stop_requests:
+                return _run(session, logger, stop_requests)
         finally:
             if logger is not None:
                 logger.close()
     finally:
         groups.shutdown()
-    return 0
 
 
-def _run(session: Session, logger: RunLogger | None) -> None:
+def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests) -> int:
+    """The steps that are left; returns the exit code."""
     recipe, progress = session.recipe, session.progress
     if progress.step >= recipe.training.steps:
         _say(logger, f"nothing to do: the run has its {recipe.training.steps} steps")
-        return
+        return 0
     quarantine = Path(recipe.run_dir) / "quarantine.jsonl"
     feed = BatchFeed(recipe, session.tokenizer, session.groups, progress, quarantine)
     _say(logger, f"backend {session.backend_reason}; images by {feed.image_loader}")
@@ -87,14 +90,19 @@ def _run(session: Session, logger: RunLogger | None) -> None:
                 )
             session.checkpoints.poll()
             _check_finite(session, loss, grad_norm, progress.step)
-            if _is_time_to_save(recipe, progress.step):
+            stop = stop_requests.agreed()
+            if stop or _is_time_to_save(recipe, progress.step):
                 session.checkpoints.save(progress)
+            if stop:
+                _say(logger, f"{stop}: stopped after step {progress.step}, saved; the same command goes on")
+                break
         session.checkpoints.wait()
     finally:
         session.checkpoints.abandon()
         feed.close()
         for remark in feed.remarks():
             _say(logger, remark)
+    return STOPPED if progress.step < recipe.training.steps else 0
 
 
 def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, float]:

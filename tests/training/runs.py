@@ -130,3 +130,14 @@ def curve(run_dir: Path) -> list[tuple[int, int, float, float]]:
     """(step, consumed samples, loss, gradient norm) of every logged step."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     return [(row["step"], row["consumed_samples"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Two run directories: the same curve, and bitwise the same weights and moments at the end."""
+    a, b = newest_state(one), newest_state(other)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in a)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert curve(one) == curve(other)
+    assert [row[0] for row in curve(one)] == list(range(1, STEPS + 1))

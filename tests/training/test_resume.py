@@ -8,10 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
 from megamm.engine.manifest import list_checkpoints
-from tests.training.runs import STEPS, curve, kill, newest_state, run, start, wait_for_step, write_recipe
+from tests.training.runs import (
+    STEPS,
+    assert_same_end,
+    curve,
+    kill,
+    run,
+    start,
+    wait_for_step,
+    write_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +29,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path, t
     recipe = write_recipe(folder, dataset_dir, tokenizer_dir)
     assert run(recipe, folder / "log") == 0, (folder / "log").read_text()
     return folder
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    a, b = newest_state(one), newest_state(other)
-    assert a.keys() == b.keys()
-    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in a)
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    assert curve(one) == curve(other)
-    assert [row[0] for row in curve(one)] == list(range(1, STEPS + 1))
 
 
 def test_kill_at_a_random_step(

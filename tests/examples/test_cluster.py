@@ -1,0 +1,283 @@
+"""The scripts that start stages on clusters, run on this machine: Slurm's commands are stand-ins that start
+the tasks of two "nodes" here, torchrun is the real one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamm.engine.launcher import take_place_from_slurm
+from megamm.errors import InputError
+from megamm.training.stopping import STOPPED
+from tests.training.runs import STEPS, assert_same_end, curve, kill, run, start, wait_for_step, write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "examples" / "cluster"
+STAND_INS = Path(__file__).parent / "slurm"
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path, tokenizer_dir: Path) -> Path:
+    """Run directory of two processes that torchrun started."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = write_recipe(folder, dataset_dir, tokenizer_dir)
+    assert run(recipe, folder / "log", processes=2) == 0, (folder / "log").read_text()
+    return folder / "run"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def environment(**more: object) -> dict[str, str]:
+    """For a script: this Python's commands first on the PATH, no launcher around it."""
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), own["PATH"]])
+    own |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return own | {name: str(value) for name, value in more.items()}
+
+
+def stage_script(folder: Path, recipe: Path) -> Path:
+    """What examples/SYSTEM/STAGE.sh is, for a recipe of the test."""
+    script = folder / "stage.sh"
+    script.write_text(f'#!/usr/bin/env bash\nexec bash "{CLUSTER}/launch.sh" "{recipe}" "$@"\n')
+    return script
+
+
+class Job:
+    """A Slurm job of two nodes with one task each."""
+
+    def __init__(self, folder: Path, recipe: Path) -> None:
+        self.srun_log, self.scontrol_log, self.log = (folder / name for name in ("srun", "scontrol", "log"))
+        self.stage = stage_script(folder, recipe)
+        self.environment = environment(
+            SLURM_JOB_ID=4711,
+            SLURM_NNODES=2,
+            SLURM_NTASKS_PER_NODE=1,
+            SLURM_JOB_NODELIST="node[1-2]",
+            SLURM_SUBMIT_DIR=ROOT,
+            SRUN_LOG=self.srun_log,
+            SCONTROL_LOG=self.scontrol_log,
+            MASTER_PORT=free_port(),
+        )
+
+    @contextlib.contextmanager
+    def started(self, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+        command = ["bash", str(CLUSTER / "train.sbatch"), str(self.stage), *overrides]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            kill(process)
+
+
+def test_a_slurm_job_of_two_nodes(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    """The time of the job is over (USR1) in the middle: the run saves, the job requeues itself, goes on, and
+    ends as one that was never stopped."""
+    job = Job(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    with job.started("--checkpoint.interval=0") as process:
+        wait_for_step(tmp_path / "run", STEPS // 2, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0, job.log.read_text()
+    assert "show hostnames node[1-2]" in job.scontrol_log.read_text()
+    assert "requeue 4711" in job.scontrol_log.read_text()
+    stopped_after = curve(tmp_path / "run")[-1][0]
+    assert STEPS // 2 <= stopped_after < STEPS
+    assert f"SIGUSR1: stopped after step {stopped_after}, saved" in (tmp_path / "run" / "log.txt").read_text()
+    with job.started("--checkpoint.interval=0") as process:
+        assert process.wait(120) == 0, job.log.read_text()
+    assert f"resumed at step {stopped_after}" in (tmp_path / "run" / "log.txt").read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
+    calls = job.srun_log.read_text().splitlines()
+    assert len(calls) == 2 and all("--kill-on-bad-exit=1" in call for call in calls)
+    assert job.scontrol_log.read_text().count("requeue") == 1
+
+
+def test_a_failed_job_stays_failed(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    job = Job(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    with job.started("--training.global_batch_size=9", "--training.micro_batch_size=9") as process:
+        assert process.wait(60) not in (0, STOPPED), job.log.read_text()
+    assert "training.global_batch_size: 9 is not a multiple" in job.log.read_text()
+    assert "requeue" not in job.scontrol_log.read_text()
+
+
+def test_two_machines_without_slurm(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    variables = environment(NNODES=2, PROCESSES_PER_NODE=1, RDZV_ENDPOINT=f"localhost:{free_port()}")
+    with (tmp_path / "log").open("wb") as log:
+        machines = [
+            subprocess.Popen(["bash", stage], env=variables, stdout=log, stderr=log, start_new_session=True)
+            for _ in range(2)
+        ]
+    try:
+        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path / "log").read_text()
+    finally:
+        for machine in machines:
+            kill(machine)
+    assert_same_end(uninterrupted, tmp_path / "run")
+
+
+def test_one_rank_is_told_and_all_stop(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    """SIGTERM to rank 1 alone: both ranks end after the same step, with one checkpoint."""
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    process = start(recipe, tmp_path / "log", "--checkpoint.interval=0", processes=2)
+    try:
+        wait_for_step(tmp_path / "run", 3, process)
+        ranks = [child for child in psutil.Process(process.pid).children() if child.environ()["RANK"] == "1"]
+        ranks[0].terminate()
+        assert process.wait(60) != 0  # torchrun's own code for workers that did not finish
+    finally:
+        kill(process)
+    assert "SIGTERM: stopped after step" in (tmp_path / "run" / "log.txt").read_text()
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
+    assert run(recipe, tmp_path / "log", processes=2) == 0, (tmp_path / "log").read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
+
+
+def test_one_process_says_that_it_was_stopped(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
+    process = start(recipe, tmp_path / "log", "--training.steps=100000", "--checkpoint.interval=0")
+    try:
+        wait_for_step(tmp_path / "run", 2, process)
+        process.terminate()
+        assert process.wait(60) == STOPPED
+    finally:
+        kill(process)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "sentence"),
+    [
+        ([], {}, "launch.sh RECIPE"),
+        (["no.yaml"], {}, "no.yaml: no such recipe"),
+        (["RECIPE"], {}, "no GPU is here; add --preset tiny"),
+        (["RECIPE"], {"NNODES": 2, "PROCESSES_PER_NODE": 1}, "RDZV_ENDPOINT: not set"),
+        (["RECIPE"], {"CLUSTER_ENV": "env_x.sh"}, "CLUSTER_ENV: env_x.sh is not a file"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    tmp_path: Path, arguments: list[str], variables: dict[str, object], sentence: str
+) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # a machine without a GPU
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    given = [str(tmp_path / "recipe.yaml") if a == "RECIPE" else a for a in arguments]
+    blank = environment(**variables)
+    blank["PATH"] = f"{tmp_path}{os.pathsep}{blank['PATH']}"
+    done = subprocess.run(
+        ["bash", CLUSTER / "launch.sh", *given], env=blank, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and sentence in done.stderr
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100"])
+def test_settings_can_be_read_and_yours_win(gpu: str) -> None:
+    script = f'set -eu; . "{CLUSTER}/env_{gpu}.sh"; env'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO", "CLUSTER_IB_HCA": "=mlx5_0"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert (values["NCCL_DEBUG"], values["NCCL_IB_HCA"], values["NCCL_IB_TIMEOUT"]) == (
+        "INFO",
+        "=mlx5_0",
+        "22",
+    )
+    assert ("NCCL_NVLS_ENABLE" in values) == (gpu == "h100")
+
+
+def test_the_job_script_passes_shellcheck() -> None:
+    assert shutil.which("shellcheck"), "the extra [dev] brings it"
+    subprocess.run(["shellcheck", CLUSTER / "train.sbatch"], check=True, timeout=60)
+    assert os.access(CLUSTER / "train.sbatch", os.X_OK)
+
+
+# --- places of Slurm's tasks --------------------------------------------------------------------------------
+
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+}
+
+
+def test_a_task_takes_its_place() -> None:
+    found = {**TASK, "MASTER_ADDR": "node1"}
+    take_place_from_slurm(found)
+    assert {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "11",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "3",
+        "LOCAL_WORLD_SIZE": "8",
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"},  # the batch script itself
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+        {**TASK, "RANK": "2", "WORLD_SIZE": "4"},  # torchrun within a step
+    ],
+)
+def test_others_keep_theirs(given: dict[str, str]) -> None:
+    found = dict(given)
+    take_place_from_slurm(found)
+    assert found == given
+
+
+def test_tasks_that_cannot_meet_say_so() -> None:
+    with pytest.raises(InputError, match="MASTER_ADDR: not set"):
+        take_place_from_slurm(dict(TASK))
+
+
+# --- tools/install_gpu.sh -----------------------------------------------------------------------------------
+
+
+def test_gpu_packages_come_in_order(tmp_path: Path) -> None:
+    """With stand-ins for a Python whose torch has CUDA 13, and for its compiler."""
+    python, nvcc = tmp_path / "python", tmp_path / "nvcc"
+    python.write_text('#!/bin/sh\ncase "$2" in *version.cuda*) echo 13.0 ;; *) echo 2.11.0+cu130 ;; esac\n')
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    for stand_in in (python, nvcc):
+        stand_in.chmod(0o755)
+    command = ["bash", str(ROOT / "tools" / "install_gpu.sh"), "--apex", "--dry-run"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    variables = {"PATH": path, "PYTHON": str(python)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True)
+    installs = done.stdout.splitlines()
+    order = ["ninja", "flash-attn", "transformer-engine[core_cu13,pytorch]", "github.com/NVIDIA/apex"]
+    assert len(installs) == 4 and all(name in line for name, line in zip(order, installs, strict=True))
+    # what is compiled sees the torch that is there, and cannot replace it
+    assert all("--no-build-isolation torch==2.11.0+cu130" in line for line in installs[1:])
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.1'\n")
+    other = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 2 and "nvcc is of CUDA 12.8 and torch of CUDA 13.0" in other.stderr
