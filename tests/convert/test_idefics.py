@@ -96,7 +96,7 @@ def test_configuration_of_transformers_4(tmp_path: Path) -> None:
 
 
 def test_the_65b_recipe_maps_completely() -> None:
-    recipe = load_recipe(ROOT / "examples/vlm_65b/pretrain.yaml")
+    recipe = load_recipe(ROOT / "examples/flamingo_65b/pretrain.yaml")
     table = idefics.table(recipe.model)
     with fake_model(replace(recipe, parallel=type(recipe.parallel)(backend="local")), 1, 0) as (_, models):
         shapes = {name: tuple(p.shape) for name, p in models[0].named_parameters()}

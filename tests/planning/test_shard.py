@@ -26,7 +26,7 @@ from tests.dist.harness import run_distributed
 from tests.dist.tiny import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE_65B = ROOT / "examples" / "vlm_65b" / "pretrain.yaml"
+RECIPE_65B = ROOT / "examples" / "flamingo_65b" / "pretrain.yaml"
 WORLD = 512
 
 

@@ -400,7 +400,7 @@ def test_the_recipes_in_the_documentation_load(tmp_path: Path) -> None:
     path = tmp_path / "whole.yaml"
     path.write_text(next(block for block in blocks if "name: my-llava" in block))
     assert validate(load_recipe(path)) == []
-    whole = load_recipe(ROOT / "examples" / "vlm_65b" / "pretrain.yaml")  # an image takes one position
+    whole = load_recipe(ROOT / "examples" / "flamingo_65b" / "pretrain.yaml")  # an image takes one position
     parts = [yaml.safe_load(block) for block in blocks if "name: my-llava" not in block]
     assert len(parts) == 2
     for part in parts:

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# 65B with gated cross-attention, image-text pairs: on this node, in a Slurm job, or small on a CPU (--preset tiny).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+exec bash examples/cluster/launch.sh examples/flamingo_65b/pretrain.yaml "$@"
