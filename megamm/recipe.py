@@ -1,6 +1,7 @@
 """Reading recipes: YAML file + presets + command-line overrides -> a typed, validated `Recipe`.
 
-The order of precedence is: defaults of megamm.config < preset < recipe file < overrides.
+The order of precedence is: defaults of megamm.config < presets of sizes < recipe file < preset of the whole
+recipe < overrides.
 The YAML is that of the 1.2 core schema (`1e-5` is a number, `no` is a word) and duplicate keys are
 errors. Every message names the file, the dotted key, what is wrong and the remedy.
 """
@@ -25,6 +26,7 @@ import yaml
 from megamm.config import Recipe
 from megamm.errors import InputError
 from megamm.recipe_checks import validate, validate_world
+from megamm.recipe_presets import PRESETS
 
 __all__ = [
     "load_recipe",
@@ -50,19 +52,23 @@ PATH_KEYS = (  # in which `~` is expanded
 )
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Recipe:
     """Read a recipe file, apply overrides, resolve presets and validate.
 
     Args:
         path: the YAML file. Paths inside it are relative to the current directory.
         overrides: `a.b=c` or `--a.b=c`; the value is YAML (`[vision, language]`, `null`, `1e-4`).
+        preset: changes the recipe before the overrides do; of megamm.recipe_presets.PRESETS.
     Raises:
         InputError: naming the file or override, the dotted key, what is wrong and the remedy.
     """
     raw = _parse_yaml(_read_text(Path(path)), str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_shown(raw)}; see examples/quickstart")
-    return recipe_from_dict(raw, source=str(path), overrides=overrides)
+    if preset is None:
+        return recipe_from_dict(raw, str(path), overrides)
+    changed = PRESETS[preset](recipe_from_dict(raw, str(path)))
+    return recipe_from_dict(asdict(changed), f"{path} with preset {preset}", overrides)
 
 
 def recipe_from_dict(raw: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megamm.cli.common import add_command, positive
 from megamm.errors import InputError
+from megamm.recipe_presets import PRESETS
 
 
 def add_parsers(commands: Any) -> None:
@@ -23,6 +24,11 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the stage")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="--a.b=c", help="values that replace those of the recipe"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="tiny: the same stage, small enough to try out on a CPU; files lie below runs/tiny",
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete recipe and stop")
     parser.add_argument(
@@ -43,7 +49,7 @@ def train(args: argparse.Namespace) -> int:
 
     if not args.dry_run and (args.world, args.rank) != (None, None):
         raise InputError("--world, --rank: describe processes that are not started; add --dry-run")
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides, args.preset)
     if args.print_config:
         print(recipe_to_yaml(recipe), end="")
         return 0

@@ -50,7 +50,9 @@ OPTIONS = {
     "convert export": ["--checkpoint", "--debug", "--family", "--merge-lora", "--out"],
     "convert verify": ["--against", "--checkpoint", "--debug", "--tolerance"],
     "verify": ["CKPT", "--debug"],
-    "train": ["RECIPE", "--a.b=c", "--debug", "--dry-run", "--print-config", "--rank", "--world"],
+    "train": [
+        *["RECIPE", "--a.b=c", "--debug", "--dry-run", "--preset", "--print-config", "--rank", "--world"],
+    ],
     "parity": [
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],
