@@ -5,11 +5,13 @@ The only module outside `megamm.engine` that touches `torch.cuda`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,18 @@ def memory_used(device: torch.device | str = "cpu") -> int:
     return psutil.Process().memory_info().rss
 
 
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may use: all memory of its GPU, or its share of what the node has available
+    (of the container's limit, where it has one)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    available = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    with contextlib.suppress(OSError, ValueError):  # "max": without limit
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def backend_status() -> dict[str, BackendStatus]:
     """What works here, by name: "te", "local" and "flash-attn" (an option of "local")."""
     return {"te": _te_status(), "local": _local_status(), "flash-attn": _flash_attn_status()}
@@ -122,6 +136,96 @@ def choose_backend(choice: str = "auto") -> tuple[str, str]:
     if not status.works:
         raise InputError(f"parallel.backend: {choice} does not work here: {status.reason}; {status.remedy}")
     return choice, f"asked for: {status.reason}"
+
+
+@dataclass(frozen=True)
+class _Fp8Needs:
+    """What a scaling of FP8 asks of the machine.
+
+    Attributes:
+        capability: CUDA compute capability, at least.
+        gpus: which ones have it.
+        te: version of Transformer Engine, at least.
+        cuda: that torch is built with, at least.
+        asked: Transformer Engine's own verdict, a function of transformer_engine.pytorch: (works, reason).
+    """
+
+    capability: tuple[int, int]
+    gpus: str
+    te: tuple[int, int]
+    cuda: tuple[int, int]
+    asked: str
+
+
+_FP8_NEEDS = {
+    "delayed": _Fp8Needs((8, 9), "Ada, Hopper", (2, 0), (12, 1), "is_fp8_available"),
+    "current": _Fp8Needs((8, 9), "Ada, Hopper", (2, 2), (12, 1), "is_fp8_available"),
+    "blockwise": _Fp8Needs((9, 0), "Hopper", (2, 3), (12, 9), "is_fp8_block_scaling_available"),
+    "mxfp8": _Fp8Needs((10, 0), "Blackwell", (2, 1), (12, 8), "is_mxfp8_available"),
+}
+
+
+def fp8_status() -> dict[str, BackendStatus]:
+    """Whether FP8 works here, by its scaling ("delayed", "current", "blockwise", "mxfp8")."""
+    te = _te_status()
+    return {scaling: _fp8_status(needs, te) for scaling, needs in _FP8_NEEDS.items()}
+
+
+def require_fp8(scaling: str, backend: str, device: torch.device) -> None:
+    """Make sure that the FP8 of a recipe can be computed.
+
+    Args:
+        scaling: training.fp8.scaling; "off" needs nothing.
+        backend: that was chosen for the transformer layers.
+        device: of this process.
+
+    Raises:
+        InputError: why it does not work here.
+    """
+    if scaling == "off":
+        return
+    status = fp8_status()[scaling]
+    if status.works and (backend != "te" or device.type != "cuda"):
+        where = "the CPU" if device.type != "cuda" else f"parallel.backend {backend}"
+        status = BackendStatus(False, f"it does not run on {where}")
+    if not status.works:
+        remedy = f"; {status.remedy}" if status.remedy else ""
+        raise InputError(
+            f"training.fp8.scaling: {scaling} does not work here: {status.reason}{remedy}; "
+            "training.fp8.scaling=off trains in bf16"
+        )
+
+
+def _fp8_status(needs: _Fp8Needs, te: BackendStatus) -> BackendStatus:
+    if not te.works:
+        return te
+    capability = torch.cuda.get_device_capability()
+    if capability < needs.capability:
+        (had, had_minor), (wanted, wanted_minor) = capability, needs.capability
+        return BackendStatus(
+            False,
+            f"{torch.cuda.get_device_name()} has compute capability {had}.{had_minor}, and this scaling "
+            f"needs {wanted}.{wanted_minor} ({needs.gpus}) or newer",
+        )
+    te_version, cuda_version = _version("transformer_engine"), torch.version.cuda or "0"
+    for name, found, least in (
+        ("Transformer Engine", te_version, needs.te),
+        ("a torch built with CUDA", cuda_version, needs.cuda),
+    ):
+        if _numbers(found) < least:
+            return BackendStatus(False, f"it needs {name} {least[0]}.{least[1]} or newer, not {found}")
+    verdict = getattr(importlib.import_module("transformer_engine.pytorch"), needs.asked, None)
+    if verdict is not None:
+        found = verdict(return_reason=True)
+        works, reason = found if isinstance(found, tuple) else (found, "")
+        if not works:
+            return BackendStatus(False, f"Transformer Engine says: {reason.rstrip('.')}")
+    return BackendStatus(True, f"{torch.cuda.get_device_name()}, Transformer Engine {te_version}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 9) of "2.9.0+cu13"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _no_cuda() -> str:

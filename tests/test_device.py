@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import random
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -163,3 +164,89 @@ def test_memory_used_is_the_peak() -> None:
     del block
     assert held >= resident > 2**28
     assert device.memory_used() > held - 2**22  # the kernel keeps the peak to some pages only
+
+
+def working_te(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    capability: tuple[int, int],
+    version: str = "2.11.0",
+    cuda: str = "13.0",
+    verdict: str = "",
+) -> None:
+    """A transformer_engine that works, with a GPU of this compute capability."""
+    install_te(monkeypatch, folder, compiled=True)
+    (folder / "transformer_engine" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (folder / "transformer_engine" / "pytorch" / "__init__.py").write_text(
+        f"def is_fp8_available(return_reason=False):\n    return {not verdict}, {verdict!r}\n"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA X")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.mark.parametrize(
+    "capability, works",
+    [
+        ((8, 0), []),
+        ((8, 9), ["delayed", "current"]),
+        ((9, 0), ["delayed", "current", "blockwise"]),
+        ((10, 0), ["delayed", "current", "blockwise", "mxfp8"]),
+    ],
+)
+def test_fp8_by_gpu(
+    capability: tuple[int, int],
+    works: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    two_gpus: list[int],
+) -> None:
+    working_te(monkeypatch, tmp_path, capability)
+    assert [scaling for scaling, status in device.fp8_status().items() if status.works] == works
+    for scaling, status in device.fp8_status().items():
+        if scaling in works:
+            device.require_fp8(scaling, "te", torch.device("cuda", 0))
+        else:
+            assert re.search(rf"NVIDIA X has compute capability {capability[0]}\.", status.reason)
+            with pytest.raises(
+                InputError, match=rf"fp8\.scaling: {scaling} does not work here: .* or newer; "
+            ):
+                device.require_fp8(scaling, "te", torch.device("cuda", 0))
+
+
+def test_fp8_needs_more_than_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, two_gpus: list[int]
+) -> None:
+    working_te(monkeypatch, tmp_path, (9, 0), version="2.1.0", cuda="12.8")
+    status = device.fp8_status()
+    assert status["delayed"].works
+    assert status["current"].reason == "it needs Transformer Engine 2.2 or newer, not 2.1.0"
+    assert "Transformer Engine 2.3" in status["blockwise"].reason
+    with pytest.raises(InputError, match=r"delayed does not work here: it does not run on parallel\.backend"):
+        device.require_fp8("delayed", "local", torch.device("cuda", 0))
+    with pytest.raises(InputError, match="delayed does not work here: it does not run on the CPU"):
+        device.require_fp8("delayed", "te", torch.device("cpu"))
+
+
+def test_fp8_where_cuda_is_too_old_or_te_says_no(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, two_gpus: list[int]
+) -> None:
+    working_te(monkeypatch, tmp_path, (9, 0), cuda="12.8", verdict="no cuBLAS.")
+    assert (
+        device.fp8_status()["blockwise"].reason == "it needs a torch built with CUDA 12.9 or newer, not 12.8"
+    )
+    assert device.fp8_status()["delayed"].reason == "Transformer Engine says: no cuBLAS"
+
+
+def test_fp8_without_te(no_cuda: None) -> None:
+    device.require_fp8("off", "local", torch.device("cpu"))
+    with pytest.raises(InputError, match=r"training\.fp8\.scaling: current does not work here: .*; install"):
+        device.require_fp8("current", "local", torch.device("cpu"))
+
+
+def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = device.memory_limit(torch.device("cpu"))
+    assert 0 < alone <= psutil.virtual_memory().total
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device.memory_limit(torch.device("cpu")) < alone / 2

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the fused operators for the GPU at hand, runs the tests that need one, and measures.
+# Builds the fused operators for the GPU at hand, runs the tests that need one, and measures; compares FP8
+# with bf16 where it works.
 #
 #   bash tools/gpu_check.sh [FOLDER]      at most ten minutes; results go to FOLDER (default gpu_check/)
 #
@@ -59,6 +60,18 @@ if "$python" -c 'import matplotlib' 2>/dev/null; then picture=(--picture "$out/o
 step ops 180 "$python" tools/benchmark/ops.py --device cuda --rounds 4 "${picture[@]}"
 step many_tensors 60 "$python" tools/benchmark/many_tensors.py --device cuda
 cat "$out/ops.log" "$out/many_tensors.log"
+left=$((590 - SECONDS))
+if ! "$python" -c '
+from megamm.device import fp8_status
+assert fp8_status()["delayed"].works
+' 2>/dev/null; then
+  echo "left out: fp8, which does not work here (megamm doctor says why)"
+elif ((left < 60)); then
+  echo "left out: fp8, for which $left s are too few; run tools/fp8_check.sh"
+else
+  step fp8 "$left" env PYTHON="$python" bash tools/fp8_check.sh "$out/fp8"
+  cat "$out/fp8.log"
+fi
 
 if ((${#failed[@]})); then
   printf 'tools/gpu_check.sh: failed: %s (logs are in %s)\n' "${failed[*]}" "$out" >&2

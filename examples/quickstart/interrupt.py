@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from megamm.recipe import load_recipe
-from megamm.training.logging import read_metrics
+from megamm.training.metrics import read_metrics
 
 POLL_S = 0.2
 

@@ -2,6 +2,7 @@
 
 entry.py      parser, errors to one sentence on stderr, exit codes
 train.py      train
+report.py     report
 data.py       prepare
 tokenizer.py  prepare tokenizer
 weights.py    convert import, convert export, verify

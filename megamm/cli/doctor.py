@@ -54,7 +54,19 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Every finding, most basic first. Nothing is started and no GPU memory is taken."""
-    checks = (_python, _packages, _gpus, _engine, _extension, _backends, _images, _exports, _apex, _machine)
+    checks = (
+        _python,
+        _packages,
+        _gpus,
+        _engine,
+        _extension,
+        _backends,
+        _fp8,
+        _images,
+        _exports,
+        _apex,
+        _machine,
+    )
     return [finding for check in checks for finding in check()]
 
 
@@ -173,6 +185,24 @@ def _backends() -> Iterator[Finding]:
         yield Finding("backend chosen", "ok", f"{chosen} ({reason})")
     except InputError as error:
         yield Finding("backend chosen", "problem", str(error), REMEDY_INSTALL)
+
+
+def _fp8() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    from megamm.device import fp8_status
+
+    found = fp8_status()
+    works = [scaling for scaling, status in found.items() if status.works]
+    fails = {scaling: status for scaling, status in found.items() if not status.works}
+    reasons = {(status.reason, status.remedy) for status in fails.values()}
+    if works:
+        yield Finding("FP8", "ok", f"scalings that work: {', '.join(works)} ({found[works[0]].reason})")
+    elif len(reasons) == 1:
+        yield Finding("FP8", "absent", *next(iter(reasons)))
+    else:
+        detail = "; ".join(f"{scaling}: {status.reason}" for scaling, status in fails.items())
+        yield Finding("FP8", "absent", detail)
 
 
 def _images() -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamm import __version__
-from megamm.cli import answers, data, doctor, inspect, parity, tokenizer, train, weights
+from megamm.cli import answers, data, doctor, inspect, parity, plan, report, tokenizer, train, weights
 from megamm.errors import MegammError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -25,6 +25,7 @@ DESCRIPTION = "Training of vision-language models with tensor, pipeline, sequenc
 EPILOG = """\
 first steps:
   megamm doctor                                   what is installed and what works
+  megamm plan examples/quickstart/llava.yaml      does it fit, how long does it take, in which layout
   megamm train examples/quickstart/llava.yaml --dry-run
   megamm SUBCOMMAND --help                        options and an example of each
 """
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for module in (doctor, data, tokenizer, inspect, weights, train, parity, answers):
+    for module in (doctor, plan, data, tokenizer, inspect, weights, train, report, parity, answers):
         module.add_parsers(commands)
     return parser
 

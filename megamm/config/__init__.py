@@ -17,6 +17,7 @@ from megamm.config.model import (
     Part,
     VisionConfig,
 )
+from megamm.config.parts import EMBEDDING, LATENTS, OUTPUT, POSITIONS, compared_values, part_of
 from megamm.config.stage import (
     CheckpointConfig,
     Fp8Config,
@@ -36,6 +37,10 @@ from megamm.config.stage import (
 )
 
 __all__ = [
+    "EMBEDDING",
+    "LATENTS",
+    "OUTPUT",
+    "POSITIONS",
     "UNCOMPARED_KEYS",
     "CheckpointConfig",
     "ConnectorConfig",
@@ -63,4 +68,6 @@ __all__ = [
     "UnfreezeConfig",
     "ValidationConfig",
     "VisionConfig",
+    "compared_values",
+    "part_of",
 ]

@@ -125,7 +125,9 @@ class RecomputeConfig:
 @dataclass
 class Fp8Config:
     """Matrix multiplications of the decoder in 8 bits, by Transformer Engine (needs parallel.backend te and a
-    GPU of compute capability 8.9 or newer). Encoder, connector, embeddings and output layer stay in bf16.
+    GPU of compute capability 8.9 or newer). Weights are kept in bf16; encoder, connector, embeddings, output
+    layer and adapters compute in bf16, and so does the whole model when it is not trained (validation,
+    inference).
 
     Attributes:
         scaling: where a tensor's scale comes from: "delayed", from its largest values in the last
@@ -133,10 +135,8 @@ class Fp8Config:
             each block of 128 values (Hopper); "mxfp8", one for each 32 (Blackwell). "off": bf16.
         format: "hybrid" is E4M3 forward and E5M2 backward, "e4m3" both ways.
         amax_history, amax_choice: of "delayed".
-        margin: powers of two that are left free above the largest value.
-        bf16_layers_at_start, bf16_layers_at_end: decoder layers that stay in bf16.
-        weights: the model's copy of the decoder's weights is kept in 8 bits as well; the optimizer has
-            them in fp32.
+        margin: of "delayed": powers of two that are left free above the largest value.
+        bf16_layers_at_start, bf16_layers_at_end: decoder layers that stay in bf16; not of "delayed".
     """
 
     scaling: Literal["off", "delayed", "current", "blockwise", "mxfp8"] = "off"
@@ -146,7 +146,6 @@ class Fp8Config:
     margin: int = 0
     bf16_layers_at_start: int = 0
     bf16_layers_at_end: int = 0
-    weights: bool = False
 
 
 @dataclass

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from megamm.config import (
-    UNCOMPARED_KEYS,
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    Part,
     Recipe,
     TrainingConfig,
+    compared_values,
 )
 from megamm.convert.engine import check_new
 from megamm.convert.processor import image_config_of
@@ -180,7 +178,7 @@ def _new_parts(
 
 def _refuse_differences(opened: list[Source], found: ModelConfig, wanted: ModelConfig) -> None:
     """Every value that the sources say has to be the recipe's; what they leave open is not compared."""
-    ours, theirs = _flat(wanted), _flat(found)
+    ours, theirs = compared_values(wanted), compared_values(found)
     parts = {part for source in opened for part in source.parts}
     is_whole = "connector" in parts or found.assembly in _ALONE
     ignored = {f"model.{key}" for key in left_open(opened)}
@@ -208,17 +206,6 @@ def _tokens_may_be_added(opened: list[Source]) -> bool:
     """Whether the language model knows no images: it stands apart from the connector, or has no `<image>`."""
     holders = [source for source in opened if "language" in source.parts]
     return any("connector" not in h.parts or h.reading.lacks_image_token for h in holders)
-
-
-def _flat(model: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {"model.assembly": model.assembly}
-    for section in get_args(Part):
-        for key, value in asdict(getattr(model, section)).items():
-            if key not in UNCOMPARED_KEYS:
-                values[f"model.{section}.{key}"] = value
-    values["model.lora.targets"] = sorted(model.lora.targets)
-    values["model.language.num_kv_heads"] = model.language.num_kv_heads or model.language.num_heads
-    return values
 
 
 def _tokenizer(

@@ -22,7 +22,7 @@ from megamm.convert.tables import clip, llama, llava
 from megamm.engine.weight_files import StreamedTensor, whole_tensors
 from megamm.errors import InputError
 from megamm.models.freezing import part_of
-from megamm.models.initialization import weight_drawer
+from megamm.models.initialization import mean_row, weight_drawer
 
 CONFIG_FILE = "config.json"
 
@@ -137,12 +137,10 @@ class Assembled(Mapping[str, Tensor]):
         missing = self._vocab_size - len(tensor) if key in _VOCABULARY else 0
         if missing <= 0:
             return []
-        total = sum(rows.double().sum(dim=0, keepdim=True) for rows in tensor.split(_ROWS_AT_ONCE))
-        return [(total / len(tensor)).to(tensor.dtype).expand(missing, -1)]
+        return [mean_row(tensor).expand(missing, -1)]
 
 
 _VOCABULARY = (llama.EMBEDDING, llama.OUTPUT)
-_ROWS_AT_ONCE = 1024  # that are held in double precision
 
 
 def new_connector(model: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -145,6 +145,10 @@ class Tokenizer:
         """Id of the token that is written so: an added token, a control token or a piece."""
         return self._engine.token_id(text)
 
+    def tokens(self) -> dict[int, str]:
+        """Id -> how the vocabulary writes it, of every token."""
+        return self._engine.tokens()
+
     def token_text(self, token: int) -> str:
         """How an added or control token is written."""
         return next(text for text, i in self.special_tokens.items() if i == token)

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Id of the token that is written so, if there is one."""
         ...
 
+    def tokens(self) -> dict[int, str]:
+        """Id -> how it is written, of every token."""
+        ...
+
     def encode(self, text: str, place: Place) -> list[int]:
         """Ids of plain text."""
         ...
@@ -89,6 +93,11 @@ class SentencePieceEngine:
         if text in self.special_tokens:
             return self.special_tokens[text]
         return _piece_id(self._pieces, text)
+
+    def tokens(self) -> dict[int, str]:
+        """Id -> how it is written, of every piece and added token."""
+        pieces = self._pieces.id_to_piece(list(range(self.num_pieces)))
+        return dict(enumerate(pieces)) | {i: text for text, i in self.added_tokens.items()}
 
     def encode(self, text: str, place: Place) -> list[int]:
         """Ids; the word-start marker stands at the start of the whole text, unless a space does."""

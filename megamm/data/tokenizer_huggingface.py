@@ -82,6 +82,10 @@ class HuggingFaceEngine:
         """Id of an added token or an entry of the vocabulary."""
         return self._ids.get(text)
 
+    def tokens(self) -> dict[int, str]:
+        """Id -> how it is written, of the vocabulary and the added tokens."""
+        return {i: text for text, i in self._ids.items()}
+
     def encode(self, text: str, place: Place) -> list[int]:
         """Ids by the rules of the file."""
         prefixed = place == "start" or (place == "behind_control" and self._repeats_prefix)

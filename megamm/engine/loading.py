@@ -15,6 +15,7 @@ from megamm.config import Recipe
 from megamm.engine import manifest as manifests
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import Manifest
+from megamm.engine.optimizer_state import load_state
 from megamm.engine.ranks import gather
 from megamm.engine.sharded_files import load_sharded, read_index, saved_tensors, tensors_of
 from megamm.engine.sharded_state import chunk_key, model_state, state_to_load
@@ -58,7 +59,7 @@ def load_newest(
     damage: list[str] = []
     for checkpoint in candidates:
         try:
-            manifest = _verify_shared_out(checkpoint)
+            manifest = verify_shared_out(checkpoint)
         except InputError as error:
             if recipe.resume.strict:
                 raise
@@ -75,8 +76,8 @@ def load_newest(
         state = state_to_load(models, optimizer, groups)
         _refuse_other_optimizer(checkpoint, state["optimizer"])
         loaded = load_sharded(state, checkpoint / "shards")
-        _load_models(models, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_models(models, loaded)
+        load_state(optimizer, loaded["optimizer"])
         return Loaded(checkpoint, manifest)
     if candidates:
         raise InputError(
@@ -86,7 +87,7 @@ def load_newest(
     return None
 
 
-def _verify_shared_out(checkpoint: Path) -> Manifest:
+def verify_shared_out(checkpoint: Path) -> Manifest:
     """`manifests.verify` with the hashing dealt out over the ranks; all ranks come to the same verdict."""
     try:
         manifest: Manifest | None = manifests.read_manifest(checkpoint)
@@ -134,7 +135,8 @@ def _refuse_other_optimizer(checkpoint: Path, optimizer_state: dict[str, Any]) -
     )
 
 
-def _load_models(models: list[Any], state: dict[str, Any], strict: bool = True) -> None:
+def load_models(models: list[Any], state: dict[str, Any], strict: bool = True) -> None:
+    """Put loaded state dicts into the chunks of this rank."""
     for i, model in enumerate(models):
         model.load_state_dict(state.get(chunk_key(models, i), {}), strict=strict)
 
@@ -155,7 +157,7 @@ def load_weights(
         InputError: the checkpoint is damaged, has only some of the tensors of a part, or has a part that the
             model lacks.
     """
-    _verify_shared_out(checkpoint)
+    verify_shared_out(checkpoint)
     saved = saved_tensors(checkpoint / "shards")
     state = model_state(models, groups)
     wanted: set[str] = set()
@@ -182,7 +184,7 @@ def load_weights(
             f"{checkpoint}: holds another model than the recipe's model section describes ({len(names)} "
             f"weights differ, among them {names[0]}); give a checkpoint of that model"
         )
-    _load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
+    load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
     return sorted(missing)
 
 

@@ -16,6 +16,7 @@ from megamm.config import OptimizerConfig, Recipe
 from megamm.engine import adam
 from megamm.engine.gradient_flow import connect_chunks
 from megamm.engine.groups import Groups
+from megamm.engine.parameter_groups import group_overrides
 
 
 def wrap_data_parallel(
@@ -39,7 +40,7 @@ def wrap_data_parallel(
 def build_optimizer(
     wrapped: list[DistributedDataParallel], recipe: Recipe, groups: Groups
 ) -> MegatronOptimizer:
-    """AdamW over the trainable parameters; no weight decay on biases, norms and gates (1-D)."""
+    """AdamW over the trainable parameters, in groups as `optimizer.parts` and `optimizer.no_decay` say."""
     adam.install_if_needed()
     config = wrapped[0].config
     settings = recipe.optimizer
@@ -57,8 +58,16 @@ def build_optimizer(
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(
-        megatron_config, wrapped, use_gloo_process_groups=False, pg_collection=groups.collection
+        megatron_config,
+        wrapped,
+        group_overrides(recipe),
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
     )
+    for number, group in enumerate(optimizer.param_groups):
+        # all that is left of this multiplier is that groups are told apart by it when state is loaded, and
+        # the others of these keys do not know groups that differ in rates
+        group["lr_mult"] = number
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     return optimizer

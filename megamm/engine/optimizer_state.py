@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 _FORMAT = "fully_reshardable"
-_STATES = ("param", "exp_avg", "exp_avg_sq")
+STATES = ("param", "exp_avg", "exp_avg_sq")
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
@@ -44,6 +44,28 @@ def optimizer_state(optimizer: Any, model_state: dict[str, Any], metadata: dict[
     }
 
 
+def load_state(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Fill `optimizer` with loaded state: moments, fp32 weights and the number of steps. Rates, decay and
+    betas of the parameter groups stay those of the recipe, however the groups of the checkpoint were made.
+
+    Args:
+        optimizer: megatron-core's.
+        loaded: what its sharded state dict has become; changed on the way.
+    """
+    state = loaded.get("optimizer", loaded)  # where fp32 weights are kept beside it, it is one level down
+    there = state["param_groups"]
+    steps = [group["step"] for group in there if "step" in group]
+    own = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    parameters = [{"params": group["params"]} for group in there if "params" in group] or [{}] * len(own)
+    state["param_groups"] = [
+        {**group, **some, **({"step": steps[0]} if steps else {})}
+        for group, some in zip(own, parameters, strict=True)
+    ]
+    optimizer.load_state_dict(loaded)
+
+
 def _param_states(optimizer: Any, model_state: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Per parameter of which this rank owns a stretch: kind of state -> the blocks of that stretch."""
     entries = {
@@ -59,7 +81,7 @@ def _param_states(optimizer: Any, model_state: dict[str, Any]) -> Iterator[dict[
                 for shard, start in _shards(entries[id(parameter)])
                 for block in _owned_blocks(shard, start, owned, states[kind].detach())
             ]
-            for kind in _STATES
+            for kind in STATES
         }
 
 

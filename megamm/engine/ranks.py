@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megamm.errors import RunError
+from megamm.errors import MegammError, RunError
 
 
 def gather(value: Any) -> list[Any]:
@@ -40,6 +40,28 @@ def on_rank_0(action: Callable[[], Any], failure: str) -> Any:
     if error_text is not None:
         raise RunError(f"{failure} ({error_text}); free space or fix the permissions")
     return result
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every rank (collective).
+
+    Raises:
+        MegammError: `make` raised it; on every rank. Anything else is raised as it is on rank 0, and in words
+            elsewhere.
+    """
+    told: list[Any] = [None, None]
+    unexpected: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            told[1] = make()
+        except MegammError as error:
+            told[0] = error
+        except Exception as error:
+            unexpected, told[0] = error, MegammError(f"rank 0: {type(error).__name__}: {error}")
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise unexpected or told[0]
+    return told[1]
 
 
 def describe(error: BaseException) -> str:

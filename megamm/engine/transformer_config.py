@@ -79,6 +79,7 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
         dropout_seed=recipe.seed,
         **_fusions(),
         **_recompute(recipe),
+        **_fp8(recipe),
         **_parallel(recipe),
     )
 
@@ -109,6 +110,28 @@ def _recompute(recipe: Recipe) -> dict[str, Any]:
         layers = recipe.model.language.num_layers
         return {"recomputed_layers": layers if settings.layers is None else settings.layers}
     return {}
+
+
+# megatron-core's names of the scalings
+_FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+def _fp8(recipe: Recipe) -> dict[str, Any]:
+    """The decoder's linears in 8 bits: megatron's TransformerBlock opens Transformer Engine's FP8 context for
+    the whole pass ("delayed") or layer by layer. Attention itself stays in bf16."""
+    fp8 = recipe.training.fp8
+    if fp8.scaling == "off":
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": _FP8_RECIPES[fp8.scaling],
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": fp8.amax_choice,
+        "first_last_layers_bf16": fp8.bf16_layers_at_start + fp8.bf16_layers_at_end > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+    }
 
 
 def _parallel(recipe: Recipe) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamm.config import UNCOMPARED_KEYS, ModelConfig, Recipe
+from megamm.data.questions import Question, read_questions
 from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation.metrics import Score, exact_match, score
-from megamm.evaluation.questions import Question, read_questions
 
 TASKS = ("exact_match",)
 

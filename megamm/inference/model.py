@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from megamm.batch import IGNORE_INDEX, Batch
+from megamm.batch import Batch
 from megamm.config import ParallelConfig, Recipe
-from megamm.data.image_file import load_image_file
-from megamm.data.images import make_image_loader
+from megamm.data.images import ImageLoader
 from megamm.data.templates import Template, Turn
 from megamm.data.tokenizer import Tokenizer
 from megamm.device import choose_backend, distributed_backend, pick_device
 from megamm.engine import checkpoint, groups
 from megamm.errors import InputError
+from megamm.inference.greedy import (
+    Asking,
+    NextLogits,
+    check_placeholders,
+    evaluation_loader,
+    load_pictures,
+    padded,
+    question_batch,
+)
 from megamm.models.freezing import part_of
 from megamm.models.vlm import VisionLanguageModel, build_model
 
@@ -91,7 +99,7 @@ class Model:
     ) -> None:
         self.network, self.recipe, self.tokenizer, self.device = network, recipe, tokenizer, device
         self.template = Template.by_name(recipe.template)
-        self._image_loader: Any = None
+        self._image_loader: ImageLoader | None = None
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,15 +137,17 @@ class Model:
             InputError: a picture is missing or unreadable, counts differ, a prompt is too long, or the
                 checkpoint has no tokenizer.
         """
-        tokenizer = self._need_tokenizer()
+        asking = self._asking()
         if not conversations:
             return []
-        prompts = [self._prompt(turns) for turns in conversations]
+        prompts = [asking.prompt(turns) for turns in conversations]
         self._check_counts(conversations, images)
         pixels = self._load_images(images)
-        self._check_length(prompts, max_new_tokens)
-        answers = self._greedy(prompts, pixels, max_new_tokens)
-        return [tokenizer.decode(ids).strip() for ids in answers]
+        asking.check_length(max(map(len, prompts)), max_new_tokens, "--max-new-tokens")
+        return asking.answer(prompts, self._next_logits(pixels), max_new_tokens)
+
+    def _asking(self) -> Asking:
+        return Asking.of(self.recipe, self._need_tokenizer(), self.template)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -146,41 +156,15 @@ class Model:
             )
         return self.tokenizer
 
-    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Prompt ids with every placeholder repeated for each position that its image takes."""
-        tokenizer = self._need_tokenizer()
-        per_image, image_id = self.recipe.model.tokens_per_image, tokenizer.image_id
-        ids = self.template.prompt(turns, tokenizer)
-        return [i for token in ids for i in ([token] * per_image if token == image_id else [token])]
+    def _next_logits(self, images: torch.Tensor | None) -> NextLogits:
+        """What computes the logits behind sequences that show `images`, all of them in one batch."""
 
-    def _greedy(
-        self, prompts: list[list[int]], images: torch.Tensor | None, max_new_tokens: int
-    ) -> list[list[int]]:
-        tokenizer = self._need_tokenizer()
-        sequences = [list(prompt) for prompt in prompts]
-        stops = set(self.template.stop_ids(tokenizer))
-        answers: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            lengths = torch.tensor([len(sequence) for sequence in sequences])
-            padded = torch.full((len(sequences), int(lengths.max())), tokenizer.pad_id)
-            for row, sequence in enumerate(sequences):
-                padded[row, : len(sequence)] = torch.tensor(sequence)
-            # padding comes last, so causal attention never sees it
-            logits = self.logits(padded, images)
-            last = logits[torch.arange(len(sequences)), lengths.to(logits.device) - 1]
-            last[:, tokenizer.vocab_size :] = -torch.inf  # embeddings without a token
-            last[:, tokenizer.image_id] = -torch.inf
-            best = last.argmax(dim=-1).tolist()
-            for row in list(open_rows):
-                if best[row] in stops:
-                    open_rows.discard(row)
-                    continue
-                answers[row].append(best[row])
-                sequences[row].append(best[row])
-            if not open_rows:
-                break
-        return answers
+        def next_logits(sequences: list[list[int]]) -> torch.Tensor:
+            logits = self.logits(padded(sequences, self._need_tokenizer().pad_id), images)
+            ends = torch.tensor([len(sequence) - 1 for sequence in sequences], device=logits.device)
+            return logits[torch.arange(len(sequences)), ends]
+
+        return next_logits
 
     def _batch(self, input_ids: torch.Tensor, images: torch.Tensor | None) -> Batch:
         if input_ids.dim() != 2:
@@ -192,28 +176,15 @@ class Model:
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise InputError(f"images: shape {tuple(images.shape)}, expected [images, 3, {size}, {size}]")
         per_image = self.recipe.model.tokens_per_image
-        positions = (input_ids == self.network.image_token_id).sum(dim=1)
-        batch = Batch(
-            input_ids=input_ids,
-            labels=torch.full_like(input_ids, IGNORE_INDEX),
-            position_ids=torch.arange(input_ids.shape[1]).expand_as(input_ids),
-            images=images.float(),
-            images_per_sample=positions // per_image,
-            sample_ids=torch.arange(input_ids.shape[0]),
-        )
-        return batch.to(self.device)
+        return question_batch(input_ids, images, self.network.image_token_id, per_image).to(self.device)
 
     def _load_images(self, images: Sequence[Sequence[str | Path]]) -> torch.Tensor | None:
         paths = [path for row in images for path in row]
         if not paths:
             return None
         if self._image_loader is None:
-            # Pillow makes exactly the pixels that the exported model's processor makes
-            config = replace(self.recipe.data.image, loader="pillow")
-            self._image_loader = make_image_loader(
-                config, self.recipe.model.vision.image_size, training=False
-            )
-        return torch.stack([load_image_file(path, self._image_loader) for path in paths])
+            self._image_loader = evaluation_loader(self.recipe)
+        return load_pictures(paths, self._image_loader)
 
     def _check_counts(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[str | Path]]
@@ -223,17 +194,4 @@ class Model:
                 f"{len(conversations)} conversations, but images for {len(images)}; give a list for each"
             )
         for row, (turns, files) in enumerate(zip(conversations, images, strict=True)):
-            placeholders = sum(turn.text.count("<image>") for turn in turns)
-            if placeholders != len(files):
-                raise InputError(
-                    f"conversation {row}: {placeholders} <image> placeholders, but {len(files)} pictures; "
-                    "give one picture for each placeholder"
-                )
-
-    def _check_length(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        longest, limit = max(map(len, prompts)), self.recipe.model.language.max_positions
-        if longest + max_new_tokens > limit:
-            raise InputError(
-                f"a prompt of {longest} positions and {max_new_tokens} new tokens exceed the model's {limit} "
-                "positions; shorten the prompt or lower --max-new-tokens"
-            )
+            check_placeholders(turns, len(files), f"conversation {row}")

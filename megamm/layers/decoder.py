@@ -268,12 +268,19 @@ class Decoder(GPTModel):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        self._fp8 = config.fp8
         self.valid_vocab_size = language.vocab_size
         self.packs_thd = backend_name == "te"
         if post_process and config.sequence_parallel:
             # The hidden states are gathered before positions are chosen, and the gather sums gradients.
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
+
+    def train(self, mode: bool = True) -> Decoder:
+        """Training or evaluation; the latter in bf16: sequences of any length do not fit FP8's kernels, and
+        the scales that training will use must not depend on what was looked at in between."""
+        self.config.fp8 = self._fp8 if mode else None
+        return super().train(mode)
 
     def begin(self, batch: Batch) -> None:
         """Tell the layers which inputs of adapters the next micro-batch leaves out."""

@@ -1,22 +1,17 @@
-"""Which parameters a stage trains: whole parts, or the last blocks of a part."""
+"""Which parameters a stage trains: whole parts, the last blocks of a part, or the rows of new tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from megamm.config import TrainingConfig
+from megamm.config import TrainingConfig, part_of
+from megamm.engine.parameter_groups import train_rows
 
-
-def part_of(parameter_name: str) -> str:
-    """The part of the model that a parameter belongs to, by the names that recipes freeze."""
-    if ".gated_cross_attention." in parameter_name:
-        return "cross_attention"
-    if ".lora." in parameter_name:
-        return "lora"
-    return parameter_name.split(".", 1)[0]
+__all__ = ["freeze", "is_trained", "part_of", "train_new_tokens"]
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -57,3 +52,28 @@ def _unfrozen(model: Any, training: TrainingConfig, tie_embeddings: bool) -> Ite
             yield decoder.final_layernorm
             if not tie_embeddings:
                 yield model.language.output_layer
+
+
+def train_new_tokens(model: Any) -> None:
+    """Train the rows of the added tokens in embedding and output layer, where these are frozen, in one chunk
+    of a model that is on its device already.
+
+    Args:
+        model: a VisionLanguageModel, after `freeze`.
+    """
+    language, tp_group = model.model_config.language, model.tp_group
+    new = range(language.vocab_size - language.added_vocab, language.vocab_size)
+    for weight in _vocabulary_weights(model):
+        if not weight.requires_grad:
+            # the rank has as many rows of the padded vocabulary as every other
+            size = len(weight)
+            start, stop = (row - tp_group.rank() * size for row in (new.start, new.stop))
+            train_rows(weight, slice(min(max(start, 0), size), min(max(stop, 0), size)))
+
+
+def _vocabulary_weights(model: Any) -> Iterator[torch.Tensor]:
+    if model.pre_process:
+        yield model.language.embedding.word_embeddings.weight
+    # a tied output layer has a weight of its own only on another pipeline stage than the embedding
+    if model.post_process and model.language.output_layer.weight is not None:
+        yield model.language.output_layer.weight

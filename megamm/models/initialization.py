@@ -15,6 +15,8 @@ import torch
 
 from megamm.config import ModelConfig
 
+_ROWS_AT_ONCE = 1024  # that are held in double precision
+
 Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
@@ -62,6 +64,14 @@ def initialization_table(model: ModelConfig) -> list[tuple[str, Draw]]:
         (r"connector\.flag_(start|end)", _normal(std)),
         (r"connector\..*\.weight", lecun),
     ]
+
+
+def mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """[V, H] embeddings (or output rows) to [1, H], where those of a new token start: neither favoured nor
+    ruled out."""
+    total = sum(some.double().sum(dim=0, keepdim=True) for some in rows.split(_ROWS_AT_ONCE))
+    assert isinstance(total, torch.Tensor), "no rows"
+    return (total / len(rows)).to(rows.dtype)
 
 
 def weight_drawer(model: ModelConfig, seed: int) -> Callable[[str, tuple[int, ...]], torch.Tensor]:

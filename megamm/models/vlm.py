@@ -28,7 +28,7 @@ from megamm.layers.media_rows import num_rows, pack, unpack
 from megamm.layers.media_segments import MediaSegments
 from megamm.layers.module import MegatronModule
 from megamm.layers.recompute import recomputed
-from megamm.models.freezing import freeze, is_trained
+from megamm.models.freezing import freeze, is_trained, train_new_tokens
 from megamm.models.projector import MLPProjector
 from megamm.models.qformer import QFormer
 from megamm.models.resampler import PerceiverResampler
@@ -127,7 +127,7 @@ class VisionLanguageModel(MegatronModule, ABC):
     def connect_features(self, features: torch.Tensor) -> torch.Tensor:
         """What the connector makes of the [N, P, vision width] features."""
         if self.recompute.connector:
-            return recomputed(self.connector, features, fp8=bool(self.config.fp8))
+            return recomputed(self.connector, features)
         return self.connector(features)
 
     def check_images(self, batch: Batch, positions_per_image: int) -> torch.Tensor:
@@ -350,4 +350,6 @@ def build_model(recipe: Recipe, groups: Groups, backend_name: str, image_token_i
         vp_stage = chunk if num_chunks > 1 else None
         model = model_class(recipe, groups, backend_name, image_token_id, first, last, vp_stage)
         chunks.append(model.to(groups.device))
+        if recipe.training.unfreeze.new_tokens:
+            train_new_tokens(chunks[-1])
     return chunks

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megamm.config import DataConfig, Recipe
+from megamm.config import DataConfig, Fp8Config, Recipe
 from megamm.parity.layouts import Layout
 from megamm.recipe_presets.small_model import Sizes, multiple_of, small_model, small_stage
 
@@ -30,6 +30,7 @@ def comparable(recipe: Recipe, layouts: Sequence[Layout]) -> Recipe:
         recipe.training,
         global_batch_size=num_micro_batches * recipe.training.micro_batch_size,
         precision="fp32",
+        fp8=Fp8Config(),
         init_from=None,
     )
     model = replace(recipe.model, image_token_id=IMAGE_ID)

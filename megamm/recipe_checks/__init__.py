@@ -11,16 +11,19 @@ from megamm.errors import InputError
 from megamm.recipe_checks.data import check_sources
 from megamm.recipe_checks.layout import check_layout, validate_world
 from megamm.recipe_checks.model import check_assembly, check_language, check_lora, check_vision
+from megamm.recipe_checks.precision import check_precision
 from megamm.recipe_checks.ranges import check_ranges
 from megamm.recipe_checks.stage import (
     check_batch,
     check_freeze,
     check_images,
+    check_optimizer,
     check_packing,
     check_sequence,
     trainable_parts,
     warnings,
 )
+from megamm.recipe_checks.validation import check_validation, validation_warnings
 
 __all__ = ["trainable_parts", "validate", "validate_world"]
 
@@ -47,8 +50,11 @@ def validate(recipe: Recipe) -> list[str]:
         check_packing,
         check_images,
         check_freeze,
+        check_validation,
+        check_optimizer,
+        check_precision,
     )
     for check in parts.get(recipe.model.assembly, whole):
         for problem in check(recipe):
             raise InputError(problem)
-    return list(warnings(recipe))
+    return [*warnings(recipe), *validation_warnings(recipe)]

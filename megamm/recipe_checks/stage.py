@@ -74,6 +74,7 @@ def check_freeze(recipe: Recipe) -> Iterator[str]:
     if "lora" in recipe.training.freeze and not recipe.model.lora.rank:
         yield "training.freeze: holds lora, but model.lora.rank is 0; remove it, or give a rank"
     yield from _unfreeze(recipe)
+    yield from _new_tokens(recipe)
     if not trainable_parts(recipe):
         yield "training.freeze: every part is frozen, so nothing would be trained; remove one"
 
@@ -93,6 +94,50 @@ def _unfreeze(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {first} is not one of the {num_blocks} blocks in use; give 0 to {num_blocks - 1}"
 
 
+def _new_tokens(recipe: Recipe) -> Iterator[str]:
+    key = "training.unfreeze.new_tokens"
+    if not recipe.training.unfreeze.new_tokens:
+        return
+    if not recipe.model.language.added_vocab:
+        yield (
+            f"{key}: is true, but model.language.added_vocab is 0; give the number of added tokens, or set "
+            f"{key} to false"
+        )
+    if "language" not in recipe.training.freeze:
+        yield f"{key}: is true, but language is trained as a whole; add language to training.freeze"
+
+
+def check_optimizer(recipe: Recipe) -> Iterator[str]:
+    o, t = recipe.optimizer, recipe.training
+    seen: set[str] = set()
+    for part in o.parts:
+        key = f"optimizer.parts: {part.part}"
+        if part.part in seen:
+            yield f"{key} is named twice; name each part once"
+        seen.add(part.part)
+        if part.part not in trainable_parts(recipe):
+            yield f"{key} is not trained; remove it, or take {part.part} out of training.freeze"
+        if part.lr is None and part.min_lr is None and part.weight_decay is None:
+            yield f"{key} has no value of its own; give lr, min_lr or weight_decay, or remove it"
+        for name in ("lr", "min_lr", "weight_decay"):
+            value = getattr(part, name)
+            if value is not None and (value < 0 or (name == "lr" and value == 0)):
+                yield f"{key} has {name} {value:g}; give a number above 0"
+        rate = o.lr if part.lr is None else part.lr
+        if part.min_lr is not None and part.min_lr > rate:
+            yield f"{key} has min_lr {part.min_lr:g}, which is above its lr {rate:g}; lower it"
+    if t.init_optimizer == "keep" and t.init_from is None:
+        yield (
+            "training.init_optimizer: is keep, but training.init_from names no checkpoint to keep it from; "
+            "name one, or set it to reset"
+        )
+    if t.init_optimizer == "keep" and not recipe.parallel.distributed_optimizer:
+        yield (
+            "training.init_optimizer: keep needs parallel.distributed_optimizer; set that to true, or "
+            "training.init_optimizer to reset"
+        )
+
+
 def trainable_parts(recipe: Recipe) -> list[str]:
     """The parts of the model (names as in training.freeze) that this stage trains, wholly or partly."""
     parts = ["vision", "connector", "language"]
@@ -101,7 +146,10 @@ def trainable_parts(recipe: Recipe) -> list[str]:
     if recipe.model.lora.rank:
         parts.append("lora")
     unfreeze = recipe.training.unfreeze
-    partly = {"vision": unfreeze.vision is not None, "language": unfreeze.language is not None}
+    partly = {
+        "vision": unfreeze.vision is not None,
+        "language": unfreeze.language is not None or unfreeze.new_tokens,
+    }
     return [part for part in parts if part not in recipe.training.freeze or partly.get(part)]
 
 

@@ -25,7 +25,7 @@ from megamm.data.tokenizer import Tokenizer
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import Progress
 from megamm.errors import InputError, MegammError
-from megamm.training.flops import causal_pairs, flops_per_step
+from megamm.planning.flops import causal_pairs, flops_per_step
 
 NUMBERS = ("num_skipped", "num_padding", "num_labels", "num_pairs")  # of a Batch, told to all ranks
 

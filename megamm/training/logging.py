@@ -1,4 +1,5 @@
-"""What a run reports, on rank 0: console, log.txt, metrics.jsonl and TensorBoard, all in the run directory.
+"""What a run reports, on rank 0: console, log.txt, metrics.jsonl, validation.jsonl and TensorBoard, all in
+the run directory, and Weights & Biases where the recipe wants it.
 
 metrics.jsonl holds one row for each optimizer step, so that scripts get the whole curve; console and
 log.txt get a line every `log.interval` steps, with rates averaged over those steps.
@@ -6,12 +7,9 @@ log.txt get a line every `log.interval` steps, with rates averaged over those st
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +17,12 @@ from types import TracebackType
 from typing import Any
 
 from megamm.config import Recipe
+from megamm.errors import InputError
+from megamm.planning.flops import flops_per_step, hardware_flops_per_step, peak_flops
 from megamm.recipe import validate
-from megamm.training.flops import flops_per_step, peak_flops
+from megamm.training.console import Console
+from megamm.training.metrics import SmoothedLoss, drop_rows_after, read_metrics, row_line
+from megamm.training.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,29 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Rates:
-    """Speed over some steps; `mfu` is None where the device has no known peak."""
+    """Speed over some steps.
+
+    Attributes:
+        tflops_per_device: what the maths needs, which is what `mfu` counts.
+        mfu: share of the device's peak; None where that is not known.
+        hfu: the same with what recomputation does again.
+        data_wait: share of the time, 0 to 1.
+    """
 
     tokens_per_s: float
     images_per_s: float
     tflops_per_device: float
     mfu: float | None
-    data_wait: float  # share of the time, 0 to 1
+    hfu: float | None
+    data_wait: float
 
 
 class RunLogger:
     """Reports one run. Only rank 0 has one.
+
+    Attributes:
+        skipped_samples: of the stage, before this start.
+        validation_path: validation.jsonl.
 
     Args:
         run_dir: where metrics.jsonl, log.txt and tensorboard/ lie; created.
@@ -84,6 +98,8 @@ class RunLogger:
             that went further than its last checkpoint, are removed, so that curves have no folds.
         world_size: processes (devices) that share the work.
         device_name: what the device calls itself, for its peak rate.
+    Raises:
+        InputError: log.wandb is set and cannot start.
     """
 
     def __init__(
@@ -100,36 +116,60 @@ class RunLogger:
         self._window: list[StepStats] = []
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        metrics = run_dir / "metrics.jsonl"
-        drop_rows_after(metrics, start_step)
+        metrics, self.validation_path = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
+        for path in (metrics, self.validation_path):
+            drop_rows_after(path, start_step)
+        self._smoothed, self.skipped_samples = SmoothedLoss(recipe.log.loss_half_life), 0
+        for row in read_metrics(metrics):  # the average goes on as if there had been no interruption
+            self._smoothed.add(row.get("loss"))
+            self.skipped_samples = row.get("skipped_samples", 0)
         self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
         self._text = (run_dir / "log.txt").open("a", encoding="utf-8", buffering=1)
         self._board = _board(run_dir / "tensorboard", start_step) if recipe.log.tensorboard else None
-        self._console = _Console(recipe.name, total_steps, start_step)
+        self._console = Console(recipe.name, total_steps, start_step)
+        self._wandb: WandbRun | None = None
+        if recipe.log.wandb is not None:
+            try:
+                self._wandb = WandbRun(recipe, run_dir, start_step, self.event)
+            except InputError:
+                self.close(failed=True)
+                raise
         for warning in validate(recipe):
             self.event(f"warning: {warning}")
 
     def step(self, stats: StepStats) -> None:
         """Record a step; every `log.interval` steps, and after the last, a line is printed."""
         row = asdict(stats) | asdict(self._rates([stats]))
-        self._metrics.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"train/{name}", value, stats.step)
+        row["loss_smoothed"] = self._smoothed.add(stats.loss)
+        self._metrics.write(row_line(row))
+        self._show(stats.step, {f"train/{name}": value for name, value in row.items() if name != "step"})
         self._window.append(stats)
         self._console.advance(stats.step)
         if stats.step % self._recipe.log.interval == 0 or stats.step == self._total_steps:
             self.event(format_line(self._window, self._rates(self._window), self._total_steps))
             self._window = []
 
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """Record the mean loss over held-out samples after a step, and how long it took to compute."""
+        with self.validation_path.open("a", encoding="utf-8") as file:
+            file.write(row_line({"step": step, "validation_loss": loss, "seconds": seconds}))
+        self._show(step, {"validation/loss": loss})
+        self.event(f"step {step}/{self._total_steps} | validation loss {loss:.4f} | {seconds:.1f} s")
+
+    def panels(self, step: int, folder: Path) -> None:
+        """Give the panels of a step, which lie in `folder` with their samples.json, to Weights & Biases."""
+        if self._wandb is not None:
+            self._wandb.panels(step, folder)
+
     def event(self, text: str) -> None:
         """One line of text for console and log.txt: resumed, checkpoint saved, skipped, ..."""
         self._text.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n")
         self._console.print(text)
 
-    def close(self) -> None:
-        """Flush and close the files; may be called again."""
+    def close(self, failed: bool = False) -> None:
+        """Flush and close the files; may be called again. `failed`: the run ends with an error."""
+        if self._wandb is not None:
+            self._wandb.close(failed)
         self._console.close()
         if self._board is not None:
             self._board.close()
@@ -142,23 +182,32 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
+
+    def _show(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Give numbers to TensorBoard and Weights & Biases."""
+        known = {name: value for name, value in values.items() if value is not None}
+        if self._board is not None:
+            for name, value in known.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, {name: value for name, value in known.items() if math.isfinite(value)})
 
     def _rates(self, window: list[StepStats]) -> Rates:
         seconds = max(sum(s.seconds for s in window), 1e-9)
         tokens, images = sum(s.num_tokens for s in window), sum(s.num_images for s in window)
-        flops = sum(
-            flops_per_step(
-                self._recipe, s.num_tokens, s.num_images, s.num_labels, s.num_pairs, s.sequence_length
-            )
-            for s in window
-        )
-        flops_per_s = flops / seconds / self._world_size
+        counts = [(s.num_tokens, s.num_images, s.num_labels, s.num_pairs, s.sequence_length) for s in window]
+        share = seconds * self._world_size
+        flops_per_s = sum(flops_per_step(self._recipe, *count) for count in counts) / share
+        hfu = None
+        if self._peak is not None:
+            hfu = sum(hardware_flops_per_step(self._recipe, *count) for count in counts) / share / self._peak
         return Rates(
             tokens_per_s=tokens / seconds,
             images_per_s=images / seconds,
             tflops_per_device=flops_per_s / 1e12,
             mfu=None if self._peak is None else flops_per_s / self._peak,
+            hfu=hfu,
             data_wait=sum(s.data_wait for s in window) / seconds,
         )
 
@@ -168,75 +217,20 @@ def format_line(window: list[StepStats], rates: Rates, total_steps: int) -> str:
     last, finite = window[-1], [s.loss for s in window if math.isfinite(s.loss)]
     loss = sum(finite) / len(finite) if finite else math.nan
     left = (total_steps - last.step) * sum(s.seconds for s in window) / len(window)
-    mfu = "" if rates.mfu is None else f"MFU {rates.mfu:.1%} | "
+    use = "" if rates.mfu is None else f"MFU {rates.mfu:.1%} | "
+    if rates.hfu is not None and f"{rates.hfu:.1%}" not in use:  # something is recomputed
+        use += f"HFU {rates.hfu:.1%} | "
     return (
         f"step {last.step:>{len(str(total_steps))}}/{total_steps} | {last.consumed_samples:,} samples | "
         f"loss {loss:.4f} | lr {last.lr:.2e} | grad norm {last.grad_norm:.3g} | "
         f"{rates.tokens_per_s:,.0f} tokens/s | {rates.images_per_s:,.1f} images/s | "
-        f"{rates.tflops_per_device:.3g} TFLOP/s | {mfu}data wait {rates.data_wait:.1%} | "
+        f"{rates.tflops_per_device:.3g} TFLOP/s | {use}data wait {rates.data_wait:.1%} | "
         f"skipped {last.skipped_samples} samples, {last.skipped_steps} steps | "
         f"{last.memory / 2**30:.2f} GiB | ETA {timedelta(seconds=round(left))}"
     )
-
-
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return
-    for line in lines[:-1]:  # a whole line ends in a newline, so what follows the last one is empty or cut
-        yield json.loads(line)
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite a metrics.jsonl without the rows of steps after `step` (all of it or nothing of it)."""
-    if not path.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _board(directory: Path, start_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory), purge_step=start_step + 1, flush_secs=10)
-
-
-class _Console:
-    """A progress bar with lines above it on a terminal, plain lines elsewhere."""
-
-    def __init__(self, name: str, total_steps: int, start_step: int) -> None:
-        self._progress = _progress_bar() if sys.stdout.isatty() else None
-        if self._progress is not None:
-            self._task = self._progress.add_task(name, total=total_steps, completed=start_step)
-            self._progress.start()
-
-    def advance(self, step: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
-
-    def print(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-
-def _progress_bar() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )

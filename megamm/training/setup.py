@@ -11,18 +11,20 @@ import torch
 
 from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
-from megamm.device import choose_backend, distributed_backend, pick_device, seed_everything
-from megamm.engine import checkpoint, groups
+from megamm.device import choose_backend, distributed_backend, pick_device, require_fp8, seed_everything
+from megamm.engine import groups
 from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import list_checkpoints
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megamm.engine.parameter_groups import describe_rates
 from megamm.engine.weights import initialize
 from megamm.errors import InputError
-from megamm.models.freezing import part_of
 from megamm.models.initialization import weight_drawer
 from megamm.models.vlm import build_model
 from megamm.recipe import validate_world
+from megamm.training.handover import hand_over
+from megamm.training.preflight import preflight
 
 Report = Callable[[str], None]
 
@@ -86,8 +88,10 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     device = pick_device(recipe.training.device)
     tokenizer = load_tokenizer(recipe)
     backend_name, reason = choose_backend(recipe.parallel.backend)
+    require_fp8(recipe.training.fp8.scaling, backend_name, device)
     seed_everything(recipe.seed)
     layout = groups.initialize(recipe.parallel, device, distributed_backend(device))
+    preflight(recipe, layout, tokenizer, report)
     models = build_model(recipe, layout, backend_name, tokenizer.image_id)
     initialize(models, weight_drawer(recipe.model, recipe.seed))
     wrapped = wrap_data_parallel(models, recipe, layout)
@@ -106,11 +110,13 @@ def build_session(recipe: Recipe, report: Report) -> Session:
         backend_reason=f"{backend_name} ({reason})",
     )
     _load_weights(session, report)
+    for line in describe_rates(recipe):
+        report(line)
     return session
 
 
 def _load_weights(session: Session, report: Report) -> None:
-    recipe, layout = session.recipe, session.groups
+    recipe = session.recipe
     resumed = None
     if not recipe.resume.enabled:
         _refuse_old_checkpoints(session.checkpoints.directory)
@@ -121,12 +127,7 @@ def _load_weights(session: Session, report: Report) -> None:
         session.schedule.step(resumed.step)
         report(f"resumed at step {resumed.step} ({resumed.consumed_samples:,} samples seen)")
     elif recipe.training.init_from:
-        source = checkpoint.resolve(recipe.training.init_from)
-        new_parts = checkpoint.load_weights(source, session.models, layout, part_of)
-        # the optimizer's fp32 copies were made from the random weights
-        session.optimizer.reload_model_params()
-        fresh = f"; {', '.join(new_parts)} start from random weights" if new_parts else ""
-        report(f"weights from {source}{fresh}")
+        hand_over(recipe, session.models, session.optimizer, session.tokenizer, session.groups, report)
 
 
 def _refuse_old_checkpoints(directory: Path) -> None:

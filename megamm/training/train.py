@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from megamm.engine.checkpoint import Progress
 from megamm.engine.pipeline import forward_backward
 from megamm.errors import RunError
 from megamm.recipe import recipe_to_yaml
+from megamm.training.environment import record_start
 from megamm.training.feed import BatchFeed
 from megamm.training.logging import RunLogger, StepStats
 from megamm.training.setup import Session, build_session
 from megamm.training.stopping import STOPPED, StopRequests
+from megamm.training.validation import Validation
+from megamm.training.wandb_run import check_wandb
 
 
 def train(recipe: Recipe) -> int:
@@ -33,15 +37,13 @@ def train(recipe: Recipe) -> int:
         InputError, RunError: with the remedy; on every rank.
     """
     early_lines: list[str] = []  # the logger needs to know where the run resumes
+    check_wandb(recipe)
     try:
         session = build_session(recipe, early_lines.append)
+        record_start(recipe.run_dir, session.progress.step, session.groups.device)
         logger = _logger(session, early_lines)
-        try:
-            with StopRequests(session.groups.device) as stop_requests:
-                return _run(session, logger, stop_requests)
-        finally:
-            if logger is not None:
-                logger.close()
+        with logger or nullcontext(), StopRequests(session.groups.device) as stop_requests:
+            return _run(session, logger, stop_requests)
     finally:
         groups.shutdown()
 
@@ -49,6 +51,8 @@ def train(recipe: Recipe) -> int:
 def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests) -> int:
     """The steps that are left; returns the exit code."""
     recipe, progress = session.recipe, session.progress
+    validation = Validation(session, logger)
+    validation.catch_up(progress.step)
     if progress.step >= recipe.training.steps:
         _say(logger, f"nothing to do: the run has its {recipe.training.steps} steps")
         return 0
@@ -58,7 +62,7 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
     for line in feed.description:
         _say(logger, line)
     session.checkpoints.report = partial(_say, logger)
-    skipped_samples = 0
+    skipped_samples = logger.skipped_samples if logger is not None else 0
     try:
         while progress.step < recipe.training.steps:
             started = time.perf_counter()
@@ -96,6 +100,8 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
             if stop:
                 _say(logger, f"{stop}: stopped after step {progress.step}, saved; the same command goes on")
                 break
+            if validation.due(progress.step):
+                validation.run(progress.step)
         session.checkpoints.wait()
     finally:
         session.checkpoints.abandon()
@@ -114,7 +120,7 @@ def train_step(session: Session, batches: list[Batch]) -> tuple[float, float, fl
     # 2. forward and backward over the micro-batches; gradients come back reduced
     loss = forward_backward(session.wrapped, batches, session.groups)
     # 3. clip and update
-    lr = session.optimizer.param_groups[0]["lr"]
+    lr = session.schedule.get_lr({})  # of what has no rate of its own
     _, grad_norm, _ = session.optimizer.step()
     # 4. the next learning rate
     session.schedule.step(1)

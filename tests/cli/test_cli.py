@@ -53,6 +53,8 @@ OPTIONS = {
     "train": [
         *["RECIPE", "--a.b=c", "--debug", "--dry-run", "--preset", "--print-config", "--rank", "--world"],
     ],
+    "report": ["RUN_DIR", "--debug", "--out"],
+    "plan": ["RECIPE", "--a.b=c", "--debug", "--gpu", "--gpus", "--images", "--json", "--top"],
     "parity": [
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],

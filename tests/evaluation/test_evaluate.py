@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megamm.data.questions import read_questions
 from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation import Settings, exact_match, report, score
 from megamm.evaluation.evaluate import answered, check_same_model, evaluate, write_rows
-from megamm.evaluation.questions import read_questions
 from megamm.recipe import recipe_from_dict
 
 

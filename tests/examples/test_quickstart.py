@@ -182,7 +182,7 @@ def test_pairs_are_compared_before_their_digits_are_named(data: Path) -> None:
 
 
 def test_megamm_reads_it(data: Path) -> None:
-    from megamm.evaluation.questions import read_questions
+    from megamm.data.questions import read_questions
 
     assert len(read_questions([data / "heldout.json"], None)) == 1000
 

@@ -34,14 +34,14 @@ def test_a_batch_is_as_good_as_one_at_a_time(model: Model, pictures: list[Path])
 
 def test_answers_follow_the_logits(model: Model, tokenizer: Tokenizer) -> None:
     """Token by token what the largest logit says, whatever the template."""
-    prompt = model._prompt([Turn("user", TEXTS[1])])
+    prompt = model._asking().prompt([Turn("user", TEXTS[1])])
     assert prompt == tokenizer.encode(model.template.prompt_text([Turn("user", TEXTS[1])]), bos=True)
     sequence = list(prompt)
     for _ in range(5):
         sequence.append(int(model.logits(torch.tensor([sequence]))[0, -1].argmax()))
     wanted = sequence[len(prompt) :]
     assert tokenizer.eos_id not in wanted
-    assert model._greedy([prompt], None, 5) == [wanted]
+    assert model._asking().greedy([prompt], model._next_logits(None), 5) == [wanted]
     assert model.generate([[Turn("user", TEXTS[1])]], [[]], max_new_tokens=5) == [
         tokenizer.decode(wanted).strip()
     ]
@@ -50,7 +50,7 @@ def test_answers_follow_the_logits(model: Model, tokenizer: Tokenizer) -> None:
 def test_earlier_turns_are_part_of_the_prompt(model: Model, pictures: list[Path]) -> None:
     history = [Turn("user", TEXTS[0]), Turn("assistant", "a cat"), Turn("user", "and now <image>?")]
     span, image_id = model.recipe.model.tokens_per_image, model.tokenizer.image_id
-    assert model._prompt(history).count(image_id) == 2 * span
+    assert model._asking().prompt(history).count(image_id) == 2 * span
     (answer,) = model.generate([history], [pictures], max_new_tokens=4)
     assert answer != model.generate([history[:1]], [pictures[:1]], max_new_tokens=4)[0]
 
@@ -89,7 +89,7 @@ def test_each_row_stops_at_its_stop_token(
     prompts = [[1, 300, 301], [1, 302, 303, 304, 305], [1]]
     eos = tokenizer.eos_id
     script = scripted(prompts, [[310, 311, eos, 312, 313], [eos], [320, 321, 322, eos]])
-    assert model._greedy(prompts, None, 50) == [[310, 311], [], [320, 321, 322]]
+    assert model._asking().greedy(prompts, model._next_logits(None), 50) == [[310, 311], [], [320, 321, 322]]
     assert script.num_calls == 4  # nothing is computed after the last row has stopped
     assert [len(prompt) for prompt in prompts] == [3, 5, 1]  # the caller's lists are its own
 
@@ -97,7 +97,7 @@ def test_each_row_stops_at_its_stop_token(
 def test_at_most_max_new_tokens(model: Model, scripted: Callable[..., Scripted]) -> None:
     script = scripted([[1, 300]], [[310] * 20])
     for limit in (1, 3):
-        assert model._greedy([[1, 300]], None, limit) == [[310] * limit]
+        assert model._asking().greedy([[1, 300]], model._next_logits(None), limit) == [[310] * limit]
     assert script.num_calls == 4
 
 
@@ -155,5 +155,5 @@ def test_only_text_is_generated(
 
     monkeypatch.setattr(model, "logits", tempting)
     wanted = model.tokenizer.decode([int(real(torch.tensor([[1, 300]]))[0, -1].argmax())])
-    (answer,) = model._greedy([[1, 300]], None, 1)
+    (answer,) = model._asking().greedy([[1, 300]], model._next_logits(None), 1)
     assert model.tokenizer.decode(answer) == wanted

@@ -12,12 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megamm"
 # A module may import from floors below its own, and from its own folder.
 FLOORS = [
-    {"", "config", "recipe", "recipe_checks", "recipe_presets", "errors", "batch", "device", "ops"},
+    {
+        *("", "config", "recipe", "recipe_checks", "recipe_presets", "errors", "batch", "device", "ops"),
+        "pages",
+    },
     {"engine"},
     {"layers"},
     {"models", "data"},
     {"convert", "planning", "inference"},
     {"training", "evaluation", "parity"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

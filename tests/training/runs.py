@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from megamm.engine.manifest import list_checkpoints
-from megamm.training.logging import read_metrics
+from megamm.training.metrics import read_metrics
 from tests.data.helpers import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ from megamm.data.tokenizer import Tokenizer
 from megamm.engine import groups
 from megamm.engine.manifest import Progress
 from megamm.errors import InputError
+from megamm.planning.flops import flops_per_step
 from megamm.training.feed import NUMBERS, BatchFeed, sample_cost
-from megamm.training.flops import flops_per_step
 from tests.data.helpers import recipe, varied
 from tests.dist.harness import run_distributed
 from tests.dist.tiny import tiny_recipe

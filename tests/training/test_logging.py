@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from megamm.config import Recipe
+from megamm.planning.flops import flops_per_step, hardware_flops_per_step
 from megamm.recipe import recipe_from_dict
-from megamm.training.flops import flops_per_step
-from megamm.training.logging import RunLogger, StepStats, format_line, read_metrics
+from megamm.training.logging import Rates, RunLogger, StepStats, format_line
+from megamm.training.metrics import SmoothedLoss, read_metrics
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -134,10 +135,75 @@ def test_line_of_a_window_with_a_nan() -> None:
     assert "loss nan" in format_line(window[:1], rates_of(window[:1]), 10)
 
 
-def rates_of(window: list[StepStats]) -> Any:
-    from megamm.training.logging import Rates
+def rates_of(window: list[StepStats]) -> Rates:
+    return Rates(1.0, 1.0, 1.0, None, None, 0.0)
 
-    return Rates(1.0, 1.0, 1.0, None, 0.0)
+
+def test_recomputation_counts_for_hfu_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = recipe("training.precision=bf16", "log.interval=1")
+    again = recipe("training.precision=bf16", "log.interval=1", "training.recompute.language=full")
+    rows = []
+    for r in (plain, again):
+        with RunLogger(tmp_path, r, 9, device_name="NVIDIA H100 80GB HBM3") as log:
+            log.step(stats(1, seconds=1e-4))
+        rows += read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0]["mfu"] == rows[1]["mfu"] == pytest.approx(rows[0]["hfu"])
+    counts = (4096, 32, 1024, 4096 * 64, 128)
+    expected = hardware_flops_per_step(again, *counts) / flops_per_step(again, *counts)
+    assert rows[1]["hfu"] / rows[1]["mfu"] == pytest.approx(expected) and expected > 1.1
+    lines = capsys.readouterr().out.splitlines()
+    assert "HFU" not in lines[0] and f"| MFU {rows[1]['mfu']:.1%} | HFU {rows[1]['hfu']:.1%} |" in lines[1]
+
+
+def test_smoothed_loss_has_no_bias_and_its_half_life() -> None:
+    smoothed = SmoothedLoss(20)
+    assert smoothed.add(math.nan) is None and smoothed.add(None) is None
+    assert smoothed.add(7.0) == pytest.approx(7.0)
+    for _ in range(500):
+        smoothed.add(3.0)
+    before = smoothed.add(math.inf)
+    assert before == pytest.approx(3.0, abs=1e-6)
+    steps = [smoothed.add(1.0) for _ in range(20)]
+    assert steps[-1] == pytest.approx(2.0, abs=1e-6)  # half of the way after a half-life
+
+
+def test_a_resumed_run_goes_on_with_its_numbers(tmp_path: Path) -> None:
+    r, losses = recipe("log.loss_half_life=3"), [5.1, 4.7, math.nan, 3.9, 4.4, 3.3]
+
+    def log_steps(folder: Path, first: int, last: int) -> list[float | None]:
+        with RunLogger(folder, r, 9, start_step=first - 1) as log:
+            for step in range(first, last + 1):
+                skipped = log.skipped_samples + step if step == first else step
+                log.step(stats(step, loss=losses[step - 1], skipped_samples=skipped))
+            log.validation(last, 1.0, 0.5)
+        return [row["loss_smoothed"] for row in read_metrics(folder / "metrics.jsonl")]
+
+    straight = log_steps(tmp_path / "a", 1, 6)
+    log_steps(tmp_path / "b", 1, 5)  # killed, after a checkpoint at step 3
+    assert log_steps(tmp_path / "b", 4, 6) == straight
+    rows = list(read_metrics(tmp_path / "b" / "metrics.jsonl"))
+    assert [row["skipped_samples"] for row in rows] == [1, 2, 3, 7, 5, 6]
+    assert [row["step"] for row in read_metrics(tmp_path / "b" / "validation.jsonl")] == [6]
+
+
+def test_validation_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLogger(tmp_path, recipe("log.tensorboard=true"), 9) as log:
+        log.validation(4, 2.5, 1.25)
+        log.validation(8, math.nan, 1.25)
+    assert "step 4/9 | validation loss 2.5000 | 1.2 s" in capsys.readouterr().out
+    rows = list(read_metrics(tmp_path / "validation.jsonl"))
+    assert [(row["step"], row["validation_loss"]) for row in rows] == [(4, 2.5), (8, None)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("validation/loss")[0].value == 2.5
+
+
+def test_damaged_rows_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\x00\x00\n{"step": \n[1]\n{"loss": 3}\n{"step": 2}\n{"step": 3}')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_events_and_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_two_processes_leave_out_the_same(stages: Stages, recipe: Path, tmp_path
 
 
 def test_the_next_stage_takes_the_adapters_along(stages: Stages, recipe: Path, tmp_path: Path) -> None:
-    """And refuses to leave them behind."""
+    """Or adds them to the weights that they adapt, if its model has none; other adapters are refused."""
     _, second = stages
     log, third = tmp_path / "log", tmp_path / "third"
     start = [f"--training.init_from={second}", f"--run_dir={third}", "--optimizer.warmup_steps=1"]
@@ -85,8 +85,14 @@ def test_the_next_stage_takes_the_adapters_along(stages: Stages, recipe: Path, t
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert load(third).recipe.model.lora.targets == ["q", "v", "o", "up", "down"]
 
-    assert run(recipe, log, *start, f"--run_dir={tmp_path / 'without'}") == 2
-    said = log.read_text().splitlines()[-1]
-    assert "has weights of lora, which would be lost" in said
+    without = tmp_path / "without"
+    code = run(recipe, log, *start, f"--run_dir={without}", "--training.steps=1", "--seed=9")
+    assert code == 0, log.read_text()
+    assert "adapters (LoRA) added to the 8 weights that they adapt" in log.read_text()
+    assert "trained there: connector, lora; trained here: vision, connector, language" in log.read_text()
+    after = read_weights(resolve(without))
+    assert {part_of(name) for name in before.keys() - after.keys()} == {"lora"}
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert len(changed) == 8 and all("linear_" in name for name in changed)
     assert run(recipe, log, *LORA, *start, f"--run_dir={tmp_path / 'wide'}", "--model.lora.rank=8") == 2
-    assert "does not hold what this recipe's model needs" in log.read_text().splitlines()[-1]
+    assert "model.lora.rank: there 4, here 8" in log.read_text().splitlines()[-1]

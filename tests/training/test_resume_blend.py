@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megamm.engine.manifest import list_checkpoints, read_manifest
-from megamm.training.logging import read_metrics
+from megamm.training.metrics import read_metrics
 from tests.data.helpers import entry, prepared
 from tests.training.runs import STEPS, curve, kill, newest_state, run, start, wait_for_step, write_recipe
 

@@ -13,6 +13,7 @@ from megamm.engine.checkpoint import read_weights, resolve, write_weights
 from megamm.engine.manifest import list_checkpoints, verify
 from megamm.inference import load
 from megamm.recipe import load_recipe
+from megamm.training.environment import read_starts
 from tests.training.runs import STEPS, curve, run, write_recipe
 
 
@@ -48,6 +49,8 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, dataset_dir: Path, tokeni
     assert (manifest.step, manifest.consumed_samples) == (STEPS, STEPS * 8)
     assert curve(run_dir)[-1][2] < curve(run_dir)[0][2], "the loss must fall"
     assert list((run_dir / "tensorboard").iterdir()) and (run_dir / "recipe.yaml").exists()
+    (started,) = read_starts(run_dir / "environment.json")
+    assert started["step"] == 0 and "--checkpoint.keep=2" in started["command"]
     log = (tmp_path / "log").read_text()
     assert "Warning" not in log and "step 12/12" in log
     assert load(run_dir).recipe.training.precision == "bf16"

@@ -11,9 +11,10 @@ from html import escape
 from typing import NamedTuple, Optional
 
 from megamm.data.inspect.page_style import STYLE
-from megamm.data.inspect.token_text import Piece, visible
+from megamm.data.inspect.token_text import Piece
+from megamm.pages import frame
+from megamm.pages.text import escaped
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 CLASSES = {"plain": "", "special": " s", "image": " i", "part": "", "foreign": " x"}
 
 
@@ -61,13 +62,10 @@ class Shown(NamedTuple):
 
 def head(title: str, summary: str, facts: dict[str, str], rows: Sequence[int]) -> Iterator[str]:
     """The page up to the first sample; `facts` are told behind a fold."""
-    yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    yield f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>\n"
-    yield f'<h1>{_text(title)}</h1>\n<p class="facts">{_text(summary)}</p>\n'
+    yield frame.head(title, STYLE)
+    yield f'<header>\n<h1>{escaped(title)}</h1>\n<p class="facts">{escaped(summary)}</p>\n'
     yield "<details><summary>What the manifest says</summary><dl>\n"
-    yield from (f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>\n" for name, value in facts.items())
+    yield from (f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>\n" for name, value in facts.items())
     yield '</dl></details>\n<nav aria-label="samples">'
     yield from (f'<a href="#row-{row}">row {row}</a>' for row in rows)
     yield "</nav>\n" + _legend() + "</header>\n<main>\n"
@@ -75,16 +73,16 @@ def head(title: str, summary: str, facts: dict[str, str], rows: Sequence[int]) -
 
 def foot() -> str:
     """The end of the page."""
-    return "</main>\n</body>\n</html>\n"
+    return "</main>\n" + frame.foot()
 
 
 def article(sample: Shown) -> Iterator[str]:
     """One sample."""
     yield f'<article id="row-{sample.row}">\n<div class="top"><h2>Row {sample.row}</h2>'
-    yield from (f"<span>{_text(fact)}</span>" for fact in sample.facts)
+    yield from (f"<span>{escaped(fact)}</span>" for fact in sample.facts)
     yield "</div>\n"
     if sample.error:
-        yield f'<p class="bad">This sample cannot be read: {_text(sample.error)}</p>\n'
+        yield f'<p class="bad">This sample cannot be read: {escaped(sample.error)}</p>\n'
     if sample.pictures:
         yield '<div class="pictures">\n'
         for number, picture in enumerate(sample.pictures, start=1):
@@ -102,7 +100,7 @@ def article(sample: Shown) -> Iterator[str]:
 
 
 def _tokens(sample: Shown) -> Iterator[str]:
-    mark = f'<span class="cut" role="separator">{_text(sample.cut_text)}</span>'
+    mark = f'<span class="cut" role="separator">{escaped(sample.cut_text)}</span>'
     images = 0
     for number, (piece, learnt) in enumerate(zip(sample.pieces, sample.learnt, strict=True)):
         if number == sample.cut:
@@ -112,9 +110,9 @@ def _tokens(sample: Shown) -> Iterator[str]:
             images += 1
             text = f"{text}{images}"
         style = "t" + CLASSES[piece.kind] + (" l" if learnt else "")
-        shown = _text(text, soft=True) if piece.kind != "part" else "·"
+        shown = escaped(text, soft=True) if piece.kind != "part" else "·"
         label = piece.label + (" · learnt" if learnt else "")
-        yield f'<span class="{style}" data-i="{_text(label)}">{shown}</span>'
+        yield f'<span class="{style}" data-i="{escaped(label)}">{shown}</span>'
     if sample.cut is not None and sample.cut < len(sample.pieces):
         yield "</span>"
     elif sample.cut is not None and not sample.hidden_tokens:
@@ -122,16 +120,16 @@ def _tokens(sample: Shown) -> Iterator[str]:
 
 
 def _figure(number: int, picture: Picture) -> str:
-    name = _text(picture.name) or "(no name)"
+    name = escaped(picture.name) or "(no name)"
     if picture.uri is not None:
         content = f'<img src="{escape(picture.uri)}" alt="image {number}: {name}" loading="lazy">'
     else:
-        content = f'<div class="bad" role="img" aria-label="unreadable image">{_text(picture.reason)}</div>'
+        content = f'<div class="bad" role="img" aria-label="unreadable image">{escaped(picture.reason)}</div>'
     lost = " · lost to truncation" if picture.lost else ""
     style = ' class="lost"' if picture.lost else ""
     return (
-        f"<figure{style}>{content}<figcaption>{number} · {name}<br>{_text(picture.facts + lost)}<br>"
-        f"{_text(picture.source)}</figcaption></figure>\n"
+        f"<figure{style}>{content}<figcaption>{number} · {name}<br>{escaped(picture.facts + lost)}<br>"
+        f"{escaped(picture.source)}</figcaption></figure>\n"
     )
 
 
@@ -146,9 +144,3 @@ def _legend() -> str:
     ]
     parts = [f'<span><span class="{style}">{text}</span> {what}</span>' for style, text, what in items]
     return f'<div class="legend">{"".join(parts)}<span>id and text of a token: point at it</span></div>\n'
-
-
-def _text(text: str, soft: bool = False) -> str:
-    """Escaped for text and attributes; what cannot be seen is spelled out. `soft` keeps line breaks."""
-    seen = visible(text)
-    return escape(seen if soft else seen.replace("⏎\n", "⏎"))

@@ -13,6 +13,7 @@ import numpy as np
 from megamm.data.inspect.histogram import Histogram
 from megamm.data.inspect.stats import Statistics
 from megamm.errors import RunError
+from megamm.pages.axis import nice_above, tick_label, ticks
 
 PANEL_W, PANEL_H, GAP_X, GAP_Y, MARGIN, TOP = 330, 190, 80, 112, 66, 124
 COLUMNS, BARS, FEW = 3, 40, 24  # a histogram of at most FEW different values has a bar for each
@@ -115,9 +116,10 @@ def _panel(panel: Panel) -> Iterator[str]:
 
     yield f'<text class="name" x="0" y="-33">{escape(panel.title)}</text>'
     yield f'<text class="small" x="0" y="-16">{_beyond(one, high, panel.what)}</text>'
-    for tick in _ticks(0, top, 4):
+    for tick in ticks(0, top, 4):
         yield f'<line class="grid" x1="0" x2="{PANEL_W}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        yield f'<text class="small" x="-8" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)} %</text>'
+        place = f'x="-8" y="{y(tick) + 4:.1f}" text-anchor="end"'
+        yield f'<text class="small" {place}>{tick_label(tick)} %</text>'
     for left, right, share in zip(edges[:-1], edges[1:], shares, strict=True):
         if share > 0:
             a, b = x(float(left)), x(float(right))
@@ -126,10 +128,10 @@ def _panel(panel: Panel) -> Iterator[str]:
             yield f'<rect class="bar" x="{a + gap / 2:.2f}" y="{y(float(share)):.2f}" {size}/>'
     yield f'<line class="axis" x1="0" x2="{PANEL_W}" y1="{PANEL_H}" y2="{PANEL_H}"/>'
     shift = 0.5 if single else 0.0  # a bar of one value stands around it
-    for tick in _ticks(low + shift, high - shift, 6, whole=one.step == 1):
+    for tick in ticks(low + shift, high - shift, 6, whole=one.step == 1):
         yield f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{PANEL_H}" y2="{PANEL_H + 5}"/>'
         place = f'x="{x(tick):.1f}" y="{PANEL_H + 19}" text-anchor="middle"'
-        yield f'<text class="small" {place}>{_number(tick)}</text>'
+        yield f'<text class="small" {place}>{tick_label(tick)}</text>'
     yield f'<text class="small" x="{PANEL_W / 2}" y="{PANEL_H + 38}" text-anchor="middle">{panel.axis}</text>'
     marks = [(one.percentile(50), "median", "small mark")]
     if panel.limit is not None:
@@ -146,7 +148,7 @@ def _marks(marks: list[tuple[float, str, str]], x: Callable[[float], float]) -> 
         yield f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="-4" y2="{PANEL_H}"/>'
         yield (
             f'<text class="{style}" x="{at + shift:.1f}" y="{8 + 15 * number}" text-anchor="{anchor}">'
-            f"{kind} {_number(value)}</text>"
+            f"{kind} {tick_label(value)}</text>"
         )
 
 
@@ -157,7 +159,7 @@ def _edges(one: Histogram, limit: int | None) -> tuple[np.ndarray, bool]:
         return np.arange(int(least), int(most) + 2) - 0.5, True
     high = max(one.percentile(TAIL), limit or 0)
     low = 0.0 if least < 0.4 * high else float(least)
-    wide = _nice_above((high - low) / BARS) if one.step == 1 else max((high - low) / BARS, one.step)
+    wide = nice_above((high - low) / BARS) if one.step == 1 else max((high - low) / BARS, one.step)
     if one.step == 1:
         wide = max(1.0, math.ceil(wide))
         low = math.floor(low / wide) * wide
@@ -167,25 +169,4 @@ def _edges(one: Histogram, limit: int | None) -> tuple[np.ndarray, bool]:
 def _beyond(one: Histogram, high: float, what: str) -> str:
     count = int(one.counts[one.values * one.step > high].sum())
     text = f"{one.total:,} {what}"
-    return f"{text}, {count:,} beyond (to {_number(one.percentile(100))})" if count else text
-
-
-def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, about so many."""
-    step = _nice_above(max(high - low, 1e-9) / about)
-    if whole:
-        step = max(1.0, math.ceil(step))
-    first = math.ceil(low / step - 1e-9)
-    return [round(step * i, 9) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _nice_above(value: float) -> float:
-    """The smallest of 1, 2, 2.5, 4, 5, 8 times a power of ten that is not below `value`."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * factor for factor in (1, 2, 2.5, 4, 5, 8, 10) if power * factor >= value * (1 - 1e-9))
-
-
-def _number(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) else f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{text}, {count:,} beyond (to {tick_label(one.percentile(100))})" if count else text

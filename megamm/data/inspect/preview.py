@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from megamm.data.image_header import ImageError, open_image
 from megamm.data.indexed import PreparedDataset, Sample
 from megamm.data.inspect import page
 from megamm.data.inspect.check_samples import place_of, reason_of
@@ -18,10 +15,9 @@ from megamm.data.inspect.limits import Cut, Limits
 from megamm.data.inspect.page import Picture, Shown
 from megamm.data.inspect.token_text import TokenTexts
 from megamm.data.order import samples_at
+from megamm.data.thumbnail import thumbnail
 from megamm.errors import InputError, RunError
 
-THUMBNAIL = 400  # longer edge in pixels; shown at half of it, for fine screens
-QUALITY = 80
 MAX_PICTURES, MAX_TOKENS = 16, 8192  # of a sample
 MAX_NAMES = 20  # of sources, and of folders and tars
 
@@ -168,26 +164,3 @@ def _few(names: list[str]) -> str:
     """Names with commas between them; many are counted instead."""
     more = [f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
     return ", ".join(names[:MAX_NAMES] + more)
-
-
-def thumbnail(data: bytes, max_pixels: int) -> tuple[str, tuple[int, int]]:
-    """A small JPEG of an encoded image as a data URI, and the size of the image.
-
-    Raises:
-        ImageError: it cannot be used.
-    """
-    with open_image(data, max_pixels) as picture:
-        size = picture.size
-        picture.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG: decodes at a fraction of the size
-        from megamm.data.images_pillow import to_rgb
-
-        try:
-            small = to_rgb(picture)
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-        except ImageError:
-            raise
-        except Exception as error:  # decoders meet damaged bytes with exceptions of any kind
-            raise ImageError(f"cannot be decoded ({error})") from None
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode(), size

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
+
+from megamm.pages.text import visible
 
 REPLACEMENT = "\ufffd"
 LONGEST = 8  # tokens that one character may take
@@ -89,21 +90,6 @@ class TokenTexts:
     def _decoded(self, ids: Sequence[int]) -> str:
         whole = self._vocabulary.decode([*self._anchor, *ids], skip_special=False)
         return whole.removeprefix(self._anchor_text)
-
-
-def visible(text: str) -> str:
-    """The text with everything that one cannot see, or that would rearrange what one sees, spelled out."""
-    return "".join(_spelled(character) for character in text)
-
-
-def _spelled(character: str) -> str:
-    if character == "\n":
-        return "⏎\n"
-    if character == "\t":
-        return "⇥\t"
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return f"[U+{ord(character):04X}]"
-    return character
 
 
 def _group(ids: Sequence[int], text: str) -> list[Piece]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,42 +13,16 @@ from PIL import Image
 from megamm.data.indexed import PreparedDataset
 from megamm.data.inspect.limits import Limits
 from megamm.data.inspect.preview import write_preview
-from megamm.data.inspect.token_text import TokenTexts, visible
+from megamm.data.inspect.token_text import TokenTexts
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError, RunError
+from megamm.pages.text import visible
 from tests.data.helpers import encode, entry, picture, prepared
 from tests.data.inspect.damage import Planted, write_dataset
+from tests.html_walk import Walk
 
-VOID = {"meta", "img", "br"}
 EVIL_NAME = '"><script>alert(1)<&\u202e.png'
 EVIL_TEXT = "<script>alert('x')</script>\n</span></div> &lt;b&gt; 中文 \u202e\x07 <b onclick=\"x\">\u2028 🐶"
-
-
-class Walk(HTMLParser):
-    """Collects elements and the texts within them; asserts that tags are balanced."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[list[str], str]] = []  # classes of the open elements, text
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({name for name, _ in attrs}) == len(attrs), (tag, attrs)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1][0] == tag, (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(([str(attrs.get("class", "")) for _, attrs in self.open], data))
-
-    def of_class(self, name: str) -> list[str]:
-        """Texts that stand directly in an element with the class `name`."""
-        return [text for classes, text in self.texts if classes and name in classes[-1].split()]
 
 
 def walk(path: Path) -> Walk:

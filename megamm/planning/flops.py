@@ -12,6 +12,11 @@ weights: causal self-attention over s positions of width d costs 2 s d forward f
 three times as much where gradients cross (6 s d).
 An adapter of rank r is two linear layers, of r times the inputs and r times the outputs.
 Everything is a sum over the whole batch, on all devices together.
+
+`hardware_flops_per_step` adds what training.recompute executes a second time (HFU): the forward pass of
+decoder layers, of their attention or MLP, of encoder blocks, of the connector, where gradients cross them
+(elsewhere nothing was to be kept, and nothing is computed again). What kernels recompute inside (the scores
+of flash attention) is not counted, as in the published figures.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 import math
 
 from megamm.config import Recipe
+from megamm.planning.layout import stage_layers
 from megamm.recipe_checks import trainable_parts
 
 # Dense bf16 peak in FLOP/s, by what the device calls itself (data sheets of NVIDIA). First match wins.
@@ -34,10 +40,10 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 def flops_per_step(
     recipe: Recipe,
-    num_tokens: int,
-    num_images: int,
-    num_labels: int | None = None,
-    num_pairs: int | None = None,
+    num_tokens: float,
+    num_images: float,
+    num_labels: float | None = None,
+    num_pairs: float | None = None,
     sequence_length: int | None = None,
 ) -> float:
     """Model FLOPs (forward and backward) of a batch.
@@ -56,26 +62,140 @@ def flops_per_step(
 
 def flops_by_part(
     recipe: Recipe,
-    num_tokens: int,
-    num_images: int,
-    num_labels: int | None = None,
-    num_pairs: int | None = None,
+    num_tokens: float,
+    num_images: float,
+    num_labels: float | None = None,
+    num_pairs: float | None = None,
     sequence_length: int | None = None,
 ) -> dict[str, float]:
     """`flops_per_step` split into vision, connector, cross_attention, language and head."""
     trained = set(trainable_parts(recipe))
-    connector = {"mlp": _projector, "resampler": _resampler, "qformer": _qformer}[recipe.model.connector.kind]
-    seen = causal_pairs(sequence_length or recipe.data.sequence_length, recipe.model.language.sliding_window)
-    if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
-        seen = min(seen, num_pairs / num_tokens)
+    connector = _CONNECTORS[recipe.model.connector.kind]
+    seen = _pairs(recipe, num_tokens, num_pairs, sequence_length)
     decoder = _decoder(recipe, trained, num_tokens, num_images, seen)
     if num_labels is not None:
         decoder["head"] *= num_labels / max(num_tokens, 1)
+    if recipe.model.assembly == "language":  # no encoder: nothing has sizes
+        return {"vision": 0.0, "connector": 0.0, **decoder}
     return {
         "vision": num_images * _vision(recipe),
         "connector": num_images * connector(recipe, trained),
         **decoder,
     }
+
+
+def hardware_flops_per_step(
+    recipe: Recipe,
+    num_tokens: float,
+    num_images: float,
+    num_labels: float | None = None,
+    num_pairs: float | None = None,
+    sequence_length: int | None = None,
+) -> float:
+    """`flops_per_step` and what training.recompute computes again, in the recipe's pipeline layout."""
+    model = flops_per_step(recipe, num_tokens, num_images, num_labels, num_pairs, sequence_length)
+    return model + sum(recomputed_flops(recipe, num_tokens, num_images, num_pairs, sequence_length).values())
+
+
+def recomputed_flops(
+    recipe: Recipe,
+    num_tokens: float,
+    num_images: float,
+    num_pairs: float | None = None,
+    sequence_length: int | None = None,
+) -> dict[str, float]:
+    """FLOPs of the forward passes that run a second time, by part as in `flops_by_part`."""
+    trained, settings = set(trainable_parts(recipe)), recipe.training.recompute
+    vision = connector = 0.0
+    if settings.vision:
+        v, first = recipe.model.vision, max(first_trained(recipe, "vision"), 0)
+        num_again = max(range(v.num_layers + 1)[v.feature_layer] - first, 0)
+        # of a block's last linear only the input is needed, and there recomputation stops
+        last = 2.0 * (v.num_patches + 1) * v.mlp_width * v.width if v.residual == "pre_norm" else 0.0
+        vision = num_images * num_again * (_vision_block(recipe, False) - last) if num_again > 0 else 0.0
+    if settings.connector and trained & {"vision", "connector"}:
+        connector = num_images * (
+            _CONNECTORS[recipe.model.connector.kind](recipe, set()) - _last_linear(recipe)
+        )
+    pairs = _pairs(recipe, num_tokens, num_pairs, sequence_length)
+    cross_attention, language = _decoder_again(recipe, trained, num_tokens, num_images, pairs)
+    return {
+        "vision": vision,
+        "connector": connector,
+        "cross_attention": cross_attention,
+        "language": language,
+    }
+
+
+def _last_linear(recipe: Recipe) -> float:
+    """Of the connector: only its input is needed again, and there recomputation stops (where it is
+    torch's; megatron's keep their inputs after they ran)."""
+    c, hidden = recipe.model.connector, recipe.model.language.hidden_size
+    if c.kind == "mlp":
+        return 2.0 * recipe.model.vision.num_features * hidden**2
+    return 2.0 * c.num_latents * c.num_heads * c.head_dim * hidden if c.kind == "qformer" else 0.0
+
+
+def recomputed_layers(recipe: Recipe) -> set[int]:
+    """The decoder layers (from 0) of which only the inputs are kept, if gradients cross them."""
+    settings = recipe.training.recompute
+    if settings.language != "full":
+        return set()
+    chunks = [chunk for stage in stage_layers(recipe) for chunk in stage.chunks]
+    return {layer for chunk in chunks for layer in chunk[: settings.layers]}
+
+
+def layer_gradients(recipe: Recipe) -> list[tuple[bool, bool, bool]]:
+    """Of each decoder layer: whether gradients of the hidden states are needed in front of it (and of its
+    gated block), behind that block, and behind the layer."""
+    model, m, trained = recipe.model, recipe.model.language, set(trainable_parts(recipe))
+    first, media = first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
+    gradient = first < 0 or _trains_new_tokens(recipe) or (model.assembly == "merged" and media)
+    found = []
+    for layer in range(m.num_layers):
+        before = gradient
+        if model.assembly == "cross_attention" and model.cross_attention.stands_before(layer):
+            gradient = gradient or media or "cross_attention" in trained
+        between = gradient
+        gradient = gradient or layer >= first or "lora" in trained
+        found.append((before, between, gradient))
+    return found
+
+
+def _decoder_again(
+    recipe: Recipe, trained: set[str], num_tokens: float, num_images: float, pairs: float
+) -> tuple[float, float]:
+    """Recomputed FLOPs of gated blocks and of decoder layers."""
+    model, m, settings = recipe.model, recipe.model.language, recipe.training.recompute
+    whole, part = recomputed_layers(recipe), 0.0
+    if settings.language == "selective":
+        part += _attention(pairs, m.hidden_size, False) if "core_attn" in settings.modules else 0.0
+        part += (
+            _linear(3 * m.hidden_size * m.ffn_hidden_size, False, False) if "mlp" in settings.modules else 0.0
+        )
+    cross_attention = language = 0.0
+    for layer, (_, _, behind) in enumerate(layer_gradients(recipe)):
+        if layer in whole and behind:
+            language += num_tokens * _decoder_layer(recipe, False, False, False, pairs)
+            if model.assembly == "cross_attention" and model.cross_attention.stands_before(layer):
+                cross_attention += _gated_block(recipe, set(), False, num_tokens, num_images)
+        elif behind:
+            language += num_tokens * part
+    return cross_attention, language
+
+
+def _trains_new_tokens(recipe: Recipe) -> bool:
+    """Whether embeddings of added tokens are trained in a language model that is frozen otherwise."""
+    frozen = "language" in recipe.training.freeze
+    return frozen and recipe.training.unfreeze.new_tokens and recipe.model.language.added_vocab > 0
+
+
+def _pairs(recipe: Recipe, num_tokens: float, num_pairs: float | None, sequence_length: int | None) -> float:
+    """Positions that a position attends to, on average."""
+    seen = causal_pairs(sequence_length or recipe.data.sequence_length, recipe.model.language.sliding_window)
+    if num_pairs is not None and num_tokens:  # of shorter documents; a window leaves out no more of them
+        seen = min(seen, num_pairs / num_tokens)
+    return seen
 
 
 def _linear(weights: float, input_gradient: bool, trained: bool) -> float:
@@ -88,7 +208,7 @@ def _attention(pairs: float, width: float, gradient: bool) -> float:
     return 4.0 * pairs * width * (3 if gradient else 1)
 
 
-def _first_trained(recipe: Recipe, part: str) -> float:
+def first_trained(recipe: Recipe, part: str) -> float:
     """The first trained block of "vision" or "language": -1 with the embeddings, infinity for none."""
     if part not in recipe.training.freeze:
         return -1
@@ -99,15 +219,18 @@ def _first_trained(recipe: Recipe, part: str) -> float:
 def _vision(recipe: Recipe) -> float:
     """One image through the encoder, up to the block whose output is taken."""
     v = recipe.model.vision
-    positions, first = v.num_patches + 1, _first_trained(recipe, "vision")
+    first = first_trained(recipe, "vision")
     total = v.num_patches * _linear(3 * v.patch_size**2 * v.width, False, first < 0)
-    matrices = 3 if v.activation == "swiglu" else 2
-    weights = 4 * v.width**2 + matrices * v.width * v.mlp_width
     num_used_blocks = range(v.num_layers + 1)[v.feature_layer]
-    for block in range(num_used_blocks):
-        trained = block >= first
-        total += positions * _linear(weights, trained, trained) + _attention(positions**2, v.width, trained)
-    return total
+    return total + sum(_vision_block(recipe, block >= first) for block in range(num_used_blocks))
+
+
+def _vision_block(recipe: Recipe, trained: bool) -> float:
+    """One image through a block of the encoder."""
+    v = recipe.model.vision
+    positions, matrices = v.num_patches + 1, 3 if v.activation == "swiglu" else 2
+    weights = 4 * v.width**2 + matrices * v.width * v.mlp_width
+    return positions * _linear(weights, trained, trained) + _attention(positions**2, v.width, trained)
 
 
 def _projector(recipe: Recipe, trained: set[str]) -> float:
@@ -153,30 +276,27 @@ def _qformer(recipe: Recipe, trained: set[str]) -> float:
 
 
 def _decoder(
-    recipe: Recipe, trained: set[str], num_tokens: int, num_images: int, pairs: float
+    recipe: Recipe, trained: set[str], num_tokens: float, num_images: float, pairs: float
 ) -> dict[str, float]:
     """Decoder layers, the gated blocks between them and the output layer, for a batch whose positions attend
     to `pairs` others each."""
-    model, m = recipe.model, recipe.model.language
-    first, media = _first_trained(recipe, "language"), bool(trained & {"vision", "connector"})
+    model, m, first = recipe.model, recipe.model.language, first_trained(recipe, "language")
     cross_attention = language = 0.0
-    # of the hidden states so far
-    gradient = first < 0 or (model.assembly == "merged" and media)
-    for layer in range(m.num_layers):
+    gradients = layer_gradients(recipe)
+    for layer, (before, between, _) in enumerate(gradients):
         if model.assembly == "cross_attention" and model.cross_attention.stands_before(layer):
-            cross_attention += _gated_block(recipe, trained, gradient, num_tokens, num_images)
-            gradient = gradient or media or "cross_attention" in trained
-        per_token, gradient = _decoder_layer(recipe, gradient, layer >= first, "lora" in trained, pairs)
+            cross_attention += _gated_block(recipe, trained, before, num_tokens, num_images)
+        per_token = _decoder_layer(recipe, between, layer >= first, "lora" in trained, pairs)
         language += num_tokens * per_token
     # the output layer is trained along with the last layers, unless it is a frozen embedding
     own = first < 0 or (first < math.inf and not m.tie_embeddings)
-    head = num_tokens * _linear(m.hidden_size * m.vocab_size, gradient, own)
+    head = num_tokens * _linear(m.hidden_size * m.vocab_size, gradients[-1][-1], own)
+    if not own and _trains_new_tokens(recipe):  # their rows alone
+        head += num_tokens * 2.0 * m.hidden_size * m.added_vocab
     return {"cross_attention": cross_attention, "language": language, "head": head}
 
 
-def _decoder_layer(
-    recipe: Recipe, gradient: bool, own: bool, adapters_trained: bool, pairs: float
-) -> tuple[float, bool]:
+def _decoder_layer(recipe: Recipe, gradient: bool, own: bool, adapters_trained: bool, pairs: float) -> float:
     """A decoder layer with its adapters, for one position.
 
     Args:
@@ -184,8 +304,6 @@ def _decoder_layer(
         own: the layer's weights are trained.
         adapters_trained: so are its adapters.
         pairs: positions that it attends to.
-    Returns:
-        FLOPs, and whether a gradient of the hidden states behind the layer is needed.
     """
     m, lora = recipe.model.language, recipe.model.lora
     hidden, ffn, kv_width = m.hidden_size, m.ffn_hidden_size, (m.num_kv_heads or m.num_heads) * m.head_dim
@@ -202,7 +320,7 @@ def _decoder_layer(
         gradient = gradient or (adapters_trained and bool(adapted))
         if number == 0:
             total += _attention(pairs, hidden, gradient)
-    return total, gradient
+    return total
 
 
 def causal_pairs(length: int, window: int | None) -> float:
@@ -212,7 +330,7 @@ def causal_pairs(length: int, window: int | None) -> float:
 
 
 def _gated_block(
-    recipe: Recipe, trained: set[str], text_gradient: bool, num_tokens: int, num_images: int
+    recipe: Recipe, trained: set[str], text_gradient: bool, num_tokens: float, num_images: float
 ) -> float:
     """A gated cross-attention block; every position attends to the media tokens of one image."""
     c, m, hidden = recipe.model.cross_attention, recipe.model.language, recipe.model.language.hidden_size
@@ -228,3 +346,6 @@ def _gated_block(
     per_token = query + _attention(num_latents, inner, behind) + rest
     keys = num_images * num_latents * _linear(2 * media_width * inner, media, own)
     return num_tokens * per_token + keys
+
+
+_CONNECTORS = {"mlp": _projector, "resampler": _resampler, "qformer": _qformer}

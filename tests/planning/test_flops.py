@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megamm.config import Recipe
 from megamm.models.projector import MLPProjector
 from megamm.models.vision.vit import VisionTransformer
+from megamm.planning.flops import flops_by_part, flops_per_step, peak_flops
 from megamm.recipe import recipe_from_dict
-from megamm.training.flops import flops_by_part, flops_per_step, peak_flops
 
 LENGTH = 32
 # No two widths alike, so that a swapped one shows.

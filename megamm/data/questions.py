@@ -46,7 +46,7 @@ def read_questions(data: list[Path], images: Path | None) -> list[Question]:
     Raises:
         InputError: wrong data, missing pictures, or the same id twice.
     """
-    questions = [question for path in data for question in _of_file(path, images or path.parent)]
+    questions = [question for path in data for question in iter_questions(path, images or path.parent)]
     missing = sorted({str(p) for q in questions for p in q.images if not p.is_file()})
     if missing:
         raise InputError(
@@ -61,7 +61,14 @@ def read_questions(data: list[Path], images: Path | None) -> list[Question]:
     return questions
 
 
-def _of_file(path: Path, root: Path) -> Iterator[Question]:
+def iter_questions(path: Path, root: Path) -> Iterator[Question]:
+    """The questions of one LLaVA JSON file, in its order; no more of it is read than is asked for.
+
+    Args:
+        root: folder below which the pictures lie.
+    Raises:
+        InputError: wrong data. Pictures are not looked at.
+    """
     for conversation, entry in zip(
         make_format("llava").conversations([path]), iter_entries(path), strict=True
     ):
