@@ -11,17 +11,20 @@ from megamm.errors import InputError
 
 JSON_KEYS = """
 --json prints one object; sizes in bytes, times in seconds, rates as shares of 1:
-  recipe, stage, gpus, gpu, gpu_memory, images_per_row
+  recipe, stage, gpus, gpu, gpu_memory, fp8
+  memory_limit how much of gpu_memory is planned with
+  images_per_row, images_in_memory   in a row: on average, for the time; for which there is memory
   layout       of the recipe: tensor, pipeline, virtual_pipeline, pipeline_layout, context, data,
                micro_batch_size, micro_batches, recompute
   error        instead of the next five: the sentence why the recipe's own layout does not work
   parameters   of the whole model by part, and of a rank of each pipeline stage: {total, trained}
-  memory       of each pipeline stage by kind, total, and of the GPU; fits: true or false
+  memory       stages: of each pipeline stage by kind, and total; fits: none needs more than memory_limit
   flops        model FLOPs of a step by part; hardware_flops with what is recomputed
-  step         seconds, where they go, mfu, hfu, tokens_per_s_per_gpu, samples_per_s; seconds of each stage
+  step         seconds, where they go, mfu and hfu (of the dense bf16 peak, also with FP8),
+               tokens_per_s_per_gpu, samples_per_s; seconds of each stage
   stage_time   steps, days, gpu_hours
   best         layouts that fit, fastest first: layout, overrides, seconds, mfu, schedule, memory, days
-  refused      layouts that do not work: layout, kind (layout, batch, memory), reason
+  refused      layouts that do not work: layout, kind (layout, batch, memory), reason, bytes needed
   tried        how many were timed
 """
 
@@ -52,7 +55,8 @@ def add_parsers(commands: Any) -> None:
         "--images",
         type=positive_number,
         metavar="N",
-        help="images in a row, on average (default 1; if packed, as many as fit with 256 positions of text)",
+        help="images in a row (default: for the time 1, or, if packed, as many as fit with 256 positions of "
+        "text each; for the memory as many as there may be)",
     )
     add_json(parser)
 

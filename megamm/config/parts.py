@@ -22,6 +22,11 @@ def part_of(parameter_name: str) -> str:
     return parameter_name.split(".", 1)[0]
 
 
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of embedding and output layer: the smallest multiple of `tensor` that holds the vocabulary."""
+    return -(-vocab_size // tensor) * tensor
+
+
 def compared_values(model: ModelConfig) -> dict[str, Any]:
     """Key -> value of everything that makes it this model and no other."""
     values: dict[str, Any] = {"model.assembly": model.assembly}

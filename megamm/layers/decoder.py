@@ -24,6 +24,7 @@ from torch import nn
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import LanguageConfig
+from megamm.config.parts import padded_vocab_size
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import DecoderConfig
 from megamm.layers.backend import backend_by_name
@@ -342,8 +343,3 @@ class Decoder(GPTModel):
             sum_hidden_gradient=not self.config.sequence_parallel,
         )
         return losses.t()
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The smallest multiple of `tp_size` that holds the vocabulary."""
-    return -(-vocab_size // tp_size) * tp_size

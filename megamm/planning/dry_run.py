@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from megamm.config import ParallelConfig, Recipe
 from megamm.models.freezing import part_of
+from megamm.planning.parameters import HeldBytes, held_bytes
 from megamm.planning.shard import (
     PartShard,
     RankShard,
@@ -48,15 +49,16 @@ def dry_run(recipe: Recipe, world: int | None = None, rank: int | None = None) -
     """The plan of a stage as text; no other process is needed.
 
     Args:
-        world: processes of the run; None: what a launcher announces, or as many as one copy of the model
-            needs. Given without `rank`, the plan has a table of all pipeline stages.
+        world: processes of the run; None: what a launcher announces, or hardware.gpus of the recipe, or as
+            many as one copy of the model needs. Given without `rank`, the plan has a table of all pipeline
+            stages.
         rank: whose shard of the model is described as well.
     Raises:
         InputError: the layout does not fit the number of processes or the batch, or there is no such rank.
     """
     parallel = recipe.parallel
     one_copy = parallel.tensor * parallel.pipeline * parallel.context
-    processes = world or int(os.environ.get("WORLD_SIZE", one_copy))
+    processes = world or int(os.environ.get("WORLD_SIZE", recipe.hardware.gpus or one_copy))
     if rank is not None:
         check_rank(recipe, processes, rank)
     lines = _overview(recipe, processes)
@@ -99,27 +101,33 @@ def _rank_lines(recipe: Recipe, shard: RankShard) -> list[str]:
         _header("part"),
     ]
     lines += [_row(part, shard.parts[part]) for part in PARTS if part in shard.parts]
-    return [*lines, _row("all", shard.all), _NOTE]
+    return [
+        *lines,
+        _row("all", shard.all, shard.held),
+        "all: with what fills up the buffers of gradients, and the piece of the optimizer that this rank has",
+        _NOTE,
+    ]
 
 
 def _stage_lines(recipe: Recipe, world: int) -> list[str]:
     """One rank of each pipeline stage, and the one with most to hold."""
     stages = range(recipe.parallel.pipeline)
     shards = [build_shard(recipe, world, first_rank_of_stage(recipe, world, stage)) for stage in stages]
+    held = [held_bytes(recipe, world, stage) for stage in stages]
     lines = [_header("stage  rank") + "  holds"]
     for shard in shards:
         place = f"{shard.pipeline:>5} {shard.rank:>5}"
-        lines.append(f"{_row(place, shard.all)}  {_contents(recipe, shard)}")
-    largest = max(shards, key=lambda shard: shard.all.all_bytes)
+        lines.append(f"{_row(place, shard.all, held[shard.pipeline])}  {_contents(recipe, shard)}")
+    largest = max(stages, key=lambda stage: held[stage].total)
     return [
         *lines,
-        f"the ranks of a stage hold equally much; most, {_gib(largest.all.all_bytes)} GiB, those of stage "
-        f"{largest.pipeline} (rank {largest.rank} and others)",
+        f"no rank of a stage holds more; most, {_gib(held[largest].total)} GiB, those of stage "
+        f"{largest} (rank {shards[largest].rank} and others)",
         _NOTE,
     ]
 
 
-_NOTE = "GiB of weights, gradients and optimizer state; activations come on top"
+_NOTE = "GiB of weights, gradients and optimizer state; for activations, time and other layouts: megamm plan"
 
 
 def _contents(recipe: Recipe, shard: RankShard) -> str:
@@ -144,8 +152,10 @@ def _header(first: str) -> str:
     return f"{first:>16}" + _aligned(_COLUMNS)
 
 
-def _row(first: str, part: PartShard) -> str:
+def _row(first: str, part: PartShard, held: HeldBytes | None = None) -> str:
     sizes = (part.weight_bytes, part.gradient_bytes, part.optimizer_bytes, part.all_bytes)
+    if held is not None:
+        sizes = (held.weights, held.gradients, held.optimizer, held.total)
     return f"{first:>16}" + _aligned((f"{part.total:,}", f"{part.trained:,}", *map(_gib, sizes)))
 
 

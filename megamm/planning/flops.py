@@ -1,4 +1,4 @@
-"""Model FLOPs of a step, and the peak rates they are compared with (MFU).
+"""Model FLOPs of a step, of which MFU is the rate as a share of the peak (`hardware.peak_flops`).
 
 Counted are the matrix multiplications that the maths needs, not what an implementation happens to do:
 no recomputation, no padding of the vocabulary, causal attention at half of the square, embeddings
@@ -26,16 +26,6 @@ import math
 from megamm.config import Recipe
 from megamm.planning.layout import stage_layers
 from megamm.recipe_checks import trainable_parts
-
-# Dense bf16 peak in FLOP/s, by what the device calls itself (data sheets of NVIDIA). First match wins.
-_PEAK_BF16 = (("A100", 312e12), ("A800", 312e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H200", 989e12))
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak of one device in FLOP/s, or None where none is known (CPUs, other precisions)."""
-    if precision != "bf16":
-        return None
-    return next((peak for name, peak in _PEAK_BF16 if name in device_name), None)
 
 
 def flops_per_step(

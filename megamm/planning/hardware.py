@@ -42,6 +42,7 @@ class Gpu:
         name: as the device calls itself.
         memory_bytes: that a process can have.
         bf16_flops, fp8_flops: dense peaks in FLOP/s; None: it has no such arithmetic.
+        fp8_scalings: of training.fp8.scaling, those that it has.
         hbm_bytes_per_s: of its memory.
         nvlink_bytes_per_s: to the others of its node, one direction.
         network_bytes_per_s: of its network adapter, one direction.
@@ -53,6 +54,7 @@ class Gpu:
     memory_bytes: int
     bf16_flops: float
     fp8_flops: float | None
+    fp8_scalings: tuple[str, ...]
     hbm_bytes_per_s: float
     nvlink_bytes_per_s: float
     network_bytes_per_s: float
@@ -80,12 +82,28 @@ def gpu_by_name(name: str) -> Gpu:
         memory_bytes=int(g["memory_gib"] * 2**30),
         bf16_flops=g["bf16_tflops"] * 1e12,
         fp8_flops=g["fp8_tflops"] and g["fp8_tflops"] * 1e12,
+        fp8_scalings=tuple(g["fp8_scalings"]),
         hbm_bytes_per_s=g["hbm_gb_s"] * 1e9,
         nvlink_bytes_per_s=g["nvlink_gb_s"] * 1e9,
         network_bytes_per_s=g["network_gb_s"] * 1e9,
         gpus_per_node=g["gpus_per_node"],
         achieved=Achieved(**g["achieved"]),
     )
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What MFU is a share of: the dense bf16 peak of one device in FLOP/s, or None where none is known (CPUs,
+    other precisions). It is that of bf16 also where training.fp8 computes linears in 8 bits, so that runs can
+    be compared: their MFU counts the same FLOPs over the same peak.
+
+    Args:
+        device_name: as the device calls itself.
+        precision: training.precision.
+    """
+    if precision != "bf16":
+        return None
+    peaks = _table()["bf16_tflops"].items()
+    return next((tflops * 1e12 for name, tflops in peaks if name in device_name), None)
 
 
 @functools.cache

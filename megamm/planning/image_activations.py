@@ -6,6 +6,7 @@ Shapes: N images of a micro-batch, P features of an image, W vision width, L lat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megamm.config import Recipe
@@ -17,8 +18,20 @@ from megamm.planning.tensors import used_blocks
 def images_of_micro_batch(recipe: Recipe) -> int:
     """The most images that a micro-batch may hold: data.max_images of each sample, or as many as its
     positions have room for. (How many there are on average, only the data say.)"""
+    return recipe.training.micro_batch_size * images_of_row(recipe)
+
+
+def images_of_row(recipe: Recipe) -> int:
+    """The most images that a sample (if packed, a row on average) may hold."""
     room = max(1, (max(recipe.data.sequence_lengths()) - 1) // recipe.model.tokens_per_image)
-    return recipe.training.micro_batch_size * min(recipe.data.max_images, room)
+    return min(recipe.data.max_images, room)
+
+
+def images_in_memory(recipe: Recipe, images: float | None) -> int:
+    """Images of a micro-batch that a plan makes room for: `images` in each row, or if nobody said so, as many
+    as there may be."""
+    most = images_of_micro_batch(recipe)
+    return most if images is None else min(most, math.ceil(images * recipe.training.micro_batch_size))
 
 
 def media_tokens(recipe: Recipe, images: int) -> int:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamm.config import Recipe
+from megamm.config.parts import padded_vocab_size
 from megamm.planning.activations import DecoderMemory, element_size
 from megamm.planning.image_activations import ImageBytes, image_bytes, images_of_micro_batch, media_tokens
 from megamm.planning.in_flight import micro_batches, most_in_flight
 from megamm.planning.layout import StageContents, stage_layers
 from megamm.planning.parameters import held_bytes
-from megamm.planning.tensors import padded_vocab_size, trains_embedding
+from megamm.planning.tensors import trains_embedding
 
 # Bytes of logits that exist at a time (ops.linear_cross_entropy).
 _LOGIT_BYTES = {"cpu": 2**27, "cuda": 2**28}
@@ -107,9 +108,9 @@ def memory_of_stage(recipe: Recipe, world: int, stage: int, images: int | None =
     )
 
 
-def largest_stage(recipe: Recipe, world: int) -> tuple[int, Memory]:
-    """The pipeline stage whose ranks need most, and how much."""
-    found = [memory_of_stage(recipe, world, stage) for stage in range(recipe.parallel.pipeline)]
+def largest_stage(recipe: Recipe, world: int, images: int | None = None) -> tuple[int, Memory]:
+    """The pipeline stage whose ranks need most, and how much; `images` as in `memory_of_stage`."""
+    found = [memory_of_stage(recipe, world, stage, images) for stage in range(recipe.parallel.pipeline)]
     largest = max(range(len(found)), key=lambda stage: found[stage].total)
     return largest, found[largest]
 

@@ -33,6 +33,11 @@ class HeldBytes:
     gradients: int
     optimizer: int
 
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
 
 def rank_parameters(recipe: Recipe, stage: int) -> dict[str, PartParameters]:
     """Parameters of every rank of a pipeline stage, by the parts that it has ("vision", "connector",

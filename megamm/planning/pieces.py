@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 
 from megamm.config import Recipe
 from megamm.planning.flops import first_trained, layer_gradients
 from megamm.planning.hardware import Gpu
 from megamm.planning.layout import StageContents
+from megamm.planning.tensors import trains_embedding, trains_output_layer
 from megamm.planning.timing import NOTHING, Seconds, add, backward_time, forward_time, link_rate
 from megamm.planning.work import Batch, Work, Workload
 from megamm.recipe_checks import trainable_parts
@@ -78,10 +78,8 @@ class Pieces:
         self.seconds_until = [cost.total for cost in self._until]
         self.again_until = [cost.total for cost in self._again_until]
         self.trained_until = [cost.trained for cost in self._until]
-        head_trained = lowest < math.inf and not (
-            recipe.model.language.tie_embeddings and "language" in recipe.training.freeze
-        )
-        self.last = self._cost(self._load.last(gradients[-1][2], head_trained))
+        # also where only rows of new tokens are trained, the whole matrix has a gradient
+        self.last = self._cost(self._load.last(gradients[-1][2], trains_output_layer(recipe)))
 
     def stages(self, layout: list[StageContents]) -> list[Cost]:
         """Costs of pipeline stages that hold such layers."""
@@ -122,7 +120,7 @@ class Pieces:
         cost = self._cost(load.first())
         if settings.connector and trained & {"vision", "connector"}:
             cost = cost + Cost(again=cost.forward)
-        if "language" not in recipe.training.freeze:
+        if trains_embedding(recipe):
             embedding = recipe.model.language.vocab_size * recipe.model.language.hidden_size
             cost = cost + Cost(trained=embedding / recipe.parallel.tensor)
         if recipe.model.assembly == "language":

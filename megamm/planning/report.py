@@ -7,12 +7,13 @@ from typing import Any
 
 from megamm.config import ParallelConfig, Recipe
 from megamm.errors import InputError
-from megamm.planning.hardware import Gpu
+from megamm.planning.hardware import Gpu, gpu_by_name, gpu_names
+from megamm.planning.image_activations import images_in_memory, images_of_row
 from megamm.planning.layout import stage_layers
 from megamm.planning.layout_names import describe
 from megamm.planning.memory import Memory, memory_of_stage
 from megamm.planning.parameters import rank_parameters
-from megamm.planning.search import Candidate, search
+from megamm.planning.search import HEADROOM, Candidate, search
 from megamm.planning.step_time import (
     StepTime,
     data_parallel_size,
@@ -24,14 +25,24 @@ from megamm.planning.step_time import (
 
 def plan_of(recipe: Recipe, gpus: int, gpu: Gpu, top: int, images: float | None = None) -> dict[str, Any]:
     """The recipe's own layout, then the best ones; keys as in `megamm plan --help`."""
-    images = images_per_row(recipe) if images is None else images
+    check_gpu(recipe, gpu)
+    most = images_of_row(recipe)
+    if images is not None and images > most:
+        raise InputError(
+            f"--images: {images:g} in a row are more than data.max_images or the positions of a row allow; "
+            f"give at most {most}"
+        )
+    on_average = images_per_row(recipe) if images is None else images
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "stage": recipe.stage,
         "gpus": gpus,
         "gpu": gpu.name,
         "gpu_memory": gpu.memory_bytes,
-        "images_per_row": images,
+        "memory_limit": int(HEADROOM * gpu.memory_bytes),
+        "images_per_row": on_average,
+        "images_in_memory": most if images is None else images,
+        "fp8": recipe.training.fp8.scaling,
     }
     try:
         data_parallel_size(recipe, gpus)
@@ -47,10 +58,24 @@ def plan_of(recipe: Recipe, gpus: int, gpu: Gpu, top: int, images: float | None 
     return found
 
 
-def _own_layout(recipe: Recipe, gpus: int, gpu: Gpu, images: float) -> dict[str, Any]:
+def check_gpu(recipe: Recipe, gpu: Gpu) -> None:
+    """Raises InputError where the GPU does not have the recipe's arithmetic."""
+    scaling = recipe.training.fp8.scaling
+    if scaling != "off" and scaling not in gpu.fp8_scalings:
+        has = f"has {', '.join(gpu.fp8_scalings)}" if gpu.fp8_scalings else "has no FP8 arithmetic"
+        others = [name for name in gpu_names() if scaling in gpu_by_name(name).fp8_scalings]
+        remedy = f"plan for {' or '.join(others)}, or " if others else ""
+        raise InputError(
+            f"training.fp8.scaling: {scaling} does not work on {gpu.name}, which {has}; {remedy}"
+            f"train in bf16 with training.fp8.scaling=off"
+        )
+
+
+def _own_layout(recipe: Recipe, gpus: int, gpu: Gpu, images: float | None) -> dict[str, Any]:
     times = step_time(recipe, gpus, gpu, images)
     stages = stage_layers(recipe)
-    memory = [memory_of_stage(recipe, gpus, stage) for stage in range(len(stages))]
+    num_images = images_in_memory(recipe, images)
+    memory = [memory_of_stage(recipe, gpus, stage, num_images) for stage in range(len(stages))]
     return {
         "layout": _layout(recipe, gpus),
         "parameters": {
@@ -62,7 +87,7 @@ def _own_layout(recipe: Recipe, gpus: int, gpu: Gpu, images: float) -> dict[str,
         },
         "memory": {
             "stages": [_memory(m) | {"layers": s.num_layers} for m, s in zip(memory, stages, strict=True)],
-            "fits": all(m.total <= gpu.memory_bytes for m in memory),
+            "fits": all(m.total <= HEADROOM * gpu.memory_bytes for m in memory),
         },
         "flops": times.model_flops,
         "hardware_flops": times.hardware_flops,

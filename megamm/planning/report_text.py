@@ -14,7 +14,7 @@ def text_of(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['recipe']}, stage {plan['stage']}, on {plan['gpus']} x {plan['gpu']} "
         f"({plan['gpu_memory'] / _GIB:.0f} GiB each)",
-        f"assumed: {plan['images_per_row']:g} image(s) in a row (--images N), loss at all text positions",
+        *textwrap.wrap(_assumed(plan), WIDTH, subsequent_indent="  "),
         "",
     ]
     if "error" in plan:
@@ -25,11 +25,21 @@ def text_of(plan: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_best(plan), *_refused(plan)])
 
 
+def _assumed(plan: dict[str, Any]) -> str:
+    images, most = plan["images_per_row"], plan["images_in_memory"]
+    if images == most:
+        rows = f"images in a row: {images:g}"
+    else:
+        rows = f"images in a row: {images:g} on average for the time, up to {most:g} for the memory"
+    return f"assumed: {rows} (--images N sets both); loss at all text positions; data is never waited for"
+
+
 def _own(plan: dict[str, Any]) -> list[str]:
-    layout = plan["layout"]
+    layout, times = plan["layout"], plan["layout"]["micro_batches"]
     return [
-        f"the recipe's layout: {layout['name']} x data {layout['data']}; {layout['micro_batches']} "
-        f"micro-batches of {layout['micro_batch_size']}; recomputation {layout['recompute']}",
+        f"the recipe's layout: {layout['name']} x data {layout['data']}; {times} "
+        f"micro-batch{'es' if times > 1 else ''} of {layout['micro_batch_size']}; recomputation "
+        f"{layout['recompute']}",
         "",
         *_parameters(plan),
         "",
@@ -90,9 +100,13 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     for first, last in _runs(rows):
         place = str(first) if first == last else f"{first}-{last}"
         lines.append(f"{place:>5}{rows[first]}")
-    most, have = max(stage["total"] for stage in stages), plan["gpu_memory"]
+    most, limit, have = max(stage["total"] for stage in stages), plan["memory_limit"], plan["gpu_memory"]
     verdict = "fits" if plan["memory"]["fits"] else "DOES NOT FIT"
-    return [*lines, f"{verdict}: {most / _GIB:.1f} GiB of {have / _GIB:.1f} on the fullest stage"]
+    return [
+        *lines,
+        f"{verdict}: {most / _GIB:.1f} GiB of {limit / _GIB:.1f} on the fullest stage ({limit / have:.0%} of "
+        f"{have / _GIB:.1f} is planned with)",
+    ]
 
 
 def _runs(rows: list[str]) -> list[tuple[int, int]]:
@@ -139,18 +153,22 @@ def _step(plan: dict[str, Any]) -> list[str]:
         lines.append(
             f"  bound by waiting: computing is {compute / seconds:.0%}; most is {dict(_WHERE)[worst]}"
         )
+    peak = ", of the bf16 peak" if plan["fp8"] != "off" else ""
     return [
         *lines,
         f"computing of the slowest stage: {kinds}",
-        f"MFU {step['mfu']:.1%}, HFU {step['hfu']:.1%}; {step['tokens_per_s_per_gpu']:,.0f} tokens/s on each "
-        f"GPU, {step['samples_per_s']:,.1f} samples/s",
+        f"MFU {step['mfu']:.1%}, HFU {step['hfu']:.1%}{peak}; {step['tokens_per_s_per_gpu']:,.0f} tokens/s "
+        f"on each GPU, {step['samples_per_s']:,.1f} samples/s",
         f"the stage: {stage['steps']:,} steps, {_days(stage['days'])}, {stage['gpu_hours']:,.0f} GPU-hours",
     ]
 
 
 def _best(plan: dict[str, Any]) -> list[str]:
     if not plan["best"]:
-        return [f"none of the {plan['tried']:,} layouts that were timed fits"]
+        return [
+            f"none of the {plan['tried']:,} layouts that were timed fits; take more GPUs or larger ones, "
+            "shorter rows or fewer images"
+        ]
     lines = [f"fastest of {plan['tried']:,} layouts that were timed, of each split of the model"]
     lines.append(
         f"{'':>3}{'step':>10}{'MFU':>7}{'bubble':>8}{'waiting':>9}{'GiB':>7}{'stage':>12}  "
@@ -180,7 +198,7 @@ def _short(layout: dict[str, Any]) -> str:
 
 
 _KINDS = (
-    ("memory", "too large"),
+    ("memory", "too large, the smallest first"),
     ("layout", "refused by the model's sizes"),
     ("batch", "refused by the batch"),
 )
@@ -192,7 +210,7 @@ def _refused(plan: dict[str, Any], most: int = 3) -> list[str]:
         found = [refused for refused in plan["refused"] if refused["kind"] == kind]
         if not found:
             continue
-        lines += ["", f"{name}: {len(found)} layout(s)"]
+        lines += ["", f"{name}: {len(found)} layout{'s' if len(found) > 1 else ''}"]
         for refused in found[:most]:
             text = f"{_cut(refused['layout'])}: {refused['reason']}"
             lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")

@@ -16,6 +16,7 @@ from megamm.config import Recipe, RecomputeConfig
 from megamm.errors import InputError
 from megamm.planning.flops import flops_by_part
 from megamm.planning.hardware import Gpu
+from megamm.planning.image_activations import images_in_memory
 from megamm.planning.layout_names import describe, overrides_of
 from megamm.planning.memory import Memory, largest_stage
 from megamm.planning.pieces import Pieces
@@ -27,6 +28,7 @@ from megamm.planning.step_time import (
     data_parallel_size,
     images_per_row,
     length_shares,
+    pipeline_waits,
     step_time,
     update_times,
 )
@@ -59,11 +61,13 @@ class Refused:
     Attributes:
         kind: "layout" or "batch": the recipe's checks refuse it; "memory".
         reason: their sentence, or what it would need.
+        needed: bytes of a rank, of "memory".
     """
 
     layout: str
     kind: str
     reason: str
+    needed: int = 0
 
 
 @dataclass
@@ -77,6 +81,24 @@ class Search:
     best: list[Candidate] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     tried: int = 0
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The memory of `gpus` GPUs, for rows of `images` images (None: as many as there may be)."""
+
+    gpus: int
+    gpu: Gpu
+    images: float | None
+
+    @property
+    def limit(self) -> float:
+        """Bytes of each that are planned with."""
+        return HEADROOM * self.gpu.memory_bytes
+
+    def largest_stage(self, recipe: Recipe) -> tuple[int, Memory]:
+        """The stage that needs most, and how much."""
+        return largest_stage(recipe, self.gpus, images_in_memory(recipe, self.images))
 
 
 @dataclass(frozen=True)
@@ -118,13 +140,14 @@ class _Refusals:
         self.found: dict[str, Refused] = {}
         self.working: set[str] = set()
 
-    def add(self, layout: str, kind: str, reason: str) -> None:
+    def add(self, layout: str, kind: str, reason: str, needed: int = 0) -> None:
         """The first reason stays."""
-        self.found.setdefault(layout, Refused(layout, kind, reason))
+        self.found.setdefault(layout, Refused(layout, kind, reason, needed))
 
     def listed(self) -> list[Refused]:
-        """Of the layouts of which nothing works."""
-        return [refused for layout, refused in self.found.items() if layout not in self.working]
+        """Of the layouts of which nothing works; of those too large, the smallest first."""
+        found = [refused for layout, refused in self.found.items() if layout not in self.working]
+        return sorted(found, key=lambda refused: refused.needed)
 
 
 def search(recipe: Recipe, gpus: int, gpu: Gpu, top: int = 5, images: float | None = None) -> Search:
@@ -132,14 +155,16 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, top: int = 5, images: float | No
 
     Args:
         top: how many layouts are wanted.
-        images: in a row, on average; None: as step_time takes it.
+        images: in a row, on average; None: for time as step_time takes it, for memory as many as there may
+            be.
     """
+    room = _Room(gpus, gpu, images)
     images = images_per_row(recipe) if images is None else images
     refusals, found = _Refusals(), Search()
     for context in _contexts(recipe, gpus):
         timed = list(_timed_layouts(recipe, gpus, gpu, context, images, refusals))
         found.tried += len(timed)
-        found.best = _fitting(timed, recipe, gpus, gpu, images, top, refusals)
+        found.best = _fitting(timed, recipe, room, images, top, refusals)
         if found.best:
             break
     found.refused = refusals.listed()
@@ -229,7 +254,7 @@ def _seconds(
     timed: _Timed, gpus: int, gpu: Gpu, pieces: Pieces, length: int, times: int, replicas: int
 ) -> float:
     """What step_time.schedule says of it, from sums alone: there are thousands."""
-    places = list(itertools.accumulate(timed.counts, initial=0))
+    places, chunks = list(itertools.accumulate(timed.counts, initial=0)), timed.chunks
     seconds, again, trained = pieces.seconds_until, pieces.again_until, pieces.trained_until
     stages, weights = [0.0] * timed.pipeline, [0.0] * timed.pipeline
     for place, (start, end) in enumerate(itertools.pairwise(places)):
@@ -240,12 +265,14 @@ def _seconds(
     stages[-1] += pieces.last.total
     weights[0] += pieces.first.trained
     weights[-1] += pieces.last.trained
-    if timed.pipeline > 1:
-        between = between_stages(timed.base, gpus, gpu, length, timed.pipeline, timed.chunks)
-        stages = [t + between * (1 if stage in (0, len(stages) - 1) else 2) for stage, t in enumerate(stages)]
-    slowest = max(stages)
+    between = between_stages(timed.base, gpus, gpu, length) if timed.pipeline > 1 else 0.0
+    waits = pipeline_waits(stages, between, chunks)
+    slowest = max(range(len(stages)), key=lambda stage: stages[stage] + waits[stage][0])
+    computing = sum(stages) - stages[slowest]
+    filling = sum(wait for _, wait in waits) - waits[slowest][1]
     data, optimizer = update_times(timed.base, replicas, gpu, max(weights))
-    return times * slowest + (sum(stages) - slowest) / timed.chunks + data + optimizer
+    full = stages[slowest] + waits[slowest][0]
+    return times * full + computing / chunks + filling + data + optimizer
 
 
 def _micro_batches(recipe: Recipe) -> list[int]:
@@ -276,13 +303,13 @@ def _refuse_batch(timed: _Timed, gpus: int, refusals: _Refusals) -> None:
 def _fitting(
     timed: list[_Timed],
     recipe: Recipe,
-    gpus: int,
-    gpu: Gpu,
+    room: _Room,
     images: float,
     top: int,
     refusals: _Refusals,
 ) -> list[Candidate]:
     """The fastest of each split that fits, fastest first."""
+    gpus, gpu = room.gpus, room.gpu
     by_split: dict[tuple[object, ...], list[_Timed]] = {}
     for candidate in sorted(timed, key=lambda t: t.seconds):
         by_split.setdefault(candidate.split, []).append(candidate)
@@ -293,9 +320,9 @@ def _fitting(
         if len(best) >= top and group[0].seconds >= best[top - 1][0]:
             # too slow to be proposed; whether they fit is still worth saying of the plain ones
             if group[0].chunks == 1 and len(set(group[0].counts)) == 1:
-                _smallest_fits(group, gpus, gpu, refusals)
+                _smallest_fits(group, room, refusals)
             continue
-        found = _first_that_fits(group, gpus, gpu, refusals)
+        found = _first_that_fits(group, room, refusals)
         if found is not None:
             best.append((found[0].seconds, *found))
             best.sort(key=lambda entry: entry[0])
@@ -310,30 +337,29 @@ def _fitting(
 
 
 def _first_that_fits(
-    group: list[_Timed], gpus: int, gpu: Gpu, refusals: _Refusals
+    group: list[_Timed], room: _Room, refusals: _Refusals
 ) -> tuple[_Timed, int, Memory] | None:
     """The fastest variant of a split that fits. What needs no less than one that did not is not looked at,
     and nothing at all if the smallest micro-batch with everything recomputed does not fit."""
-    if not _smallest_fits(group, gpus, gpu, refusals):
+    if not _smallest_fits(group, room, refusals):
         return None
-    limit = HEADROOM * gpu.memory_bytes
     too_large: list[tuple[int, int]] = []
     for candidate in group:
         own = _need(candidate)
         if any(own[0] >= large[0] and own[1] >= large[1] for large in too_large):
             continue
-        stage, memory = largest_stage(candidate.recipe, gpus)
-        if memory.total <= limit:
+        stage, memory = room.largest_stage(candidate.recipe)
+        if memory.total <= room.limit:
             return candidate, stage, memory
         too_large.append(own)
     return None
 
 
-def _smallest_fits(group: list[_Timed], gpus: int, gpu: Gpu, refusals: _Refusals) -> bool:
+def _smallest_fits(group: list[_Timed], room: _Room, refusals: _Refusals) -> bool:
     """Whether the variant that needs least fits; if not, it is refused."""
     smallest = min(group, key=_need)
-    stage, memory = largest_stage(smallest.recipe, gpus)
-    if memory.total > HEADROOM * gpu.memory_bytes:
+    stage, memory = room.largest_stage(smallest.recipe)
+    if memory.total > room.limit:
         most = max(vars(memory), key=lambda name: vars(memory)[name])
         layout = describe(smallest.recipe)
         refusals.working.discard(layout)
@@ -341,9 +367,10 @@ def _smallest_fits(group: list[_Timed], gpus: int, gpu: Gpu, refusals: _Refusals
         refusals.add(
             layout,
             "memory",
-            f"needs {memory.total / 2**30:.0f} GiB of {gpu.memory_bytes / 2**30:.0f} on stage {stage}, "
-            f"{vars(memory)[most] / 2**30:.0f} of them {most}, with micro-batch {_need(smallest)[0]} and "
+            f"needs {memory.total / 2**30:.1f} GiB and has {room.limit / 2**30:.1f} on stage {stage}, "
+            f"{vars(memory)[most] / 2**30:.1f} of them {most}, with micro-batch {_need(smallest)[0]} and "
             f"full recomputation",
+            memory.total,
         )
         return False
     return True

@@ -1,7 +1,7 @@
 """What one rank of a layout holds: its shard of the model, built on the meta device in a fake world.
 
 The shard is built by the code that builds it in a run, so nothing is estimated: layers, splits and frozen
-parts are those of the run; bytes follow from the parameters.
+parts are those of the run. What it holds in all is what `megamm plan` counts (planning/parameters.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megamm.engine.groups import Groups
 from megamm.errors import InputError
 from megamm.models.freezing import part_of
 from megamm.models.vlm import build_model
+from megamm.planning.parameters import HeldBytes, held_bytes
 from megamm.recipe import validate_world
 
 
@@ -31,9 +32,9 @@ class PartShard:
     Attributes:
         total, trained: parameters, vocabulary padding included.
         weight_bytes: in the precision of the recipe.
-        gradient_bytes: the fp32 buffers, which only trained parameters have.
-        optimizer_bytes: fp32 weights (if the weights are not) and both moments of AdamW, of the share of
-            the trained parameters that this rank updates.
+        gradient_bytes: in fp32, of the trained parameters alone.
+        optimizer_bytes: fp32 weights (if the weights are not) and both moments of AdamW, of an even share of
+            the trained parameters; which parts the share of this rank is made of, its buffers decide.
     """
 
     total: int
@@ -68,6 +69,8 @@ class RankShard:
         holds_embedding: this rank has the embedding, with the vision encoder and the connector.
         holds_output: this rank has the output layer.
         parts: by name, as in training.freeze.
+        held: bytes that stay for the whole run, exactly: with what fills up the buffers of gradients, and the
+            piece of the optimizer that is this rank's.
     """
 
     rank: int
@@ -80,6 +83,7 @@ class RankShard:
     holds_embedding: bool
     holds_output: bool
     parts: dict[str, PartShard]
+    held: HeldBytes
 
     @property
     def all(self) -> PartShard:
@@ -130,6 +134,7 @@ def build_shard(recipe: Recipe, world: int, rank: int) -> RankShard:
             holds_embedding=layout.is_first_stage,
             holds_output=layout.is_last_stage,
             parts=_parts(chunks, recipe, layout),
+            held=held_bytes(recipe, world, layout.pp_rank, layout.collection.dp_cp.rank()),
         )
 
 

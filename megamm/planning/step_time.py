@@ -5,13 +5,16 @@ and v chunks for each of p stages, whose times are t_i,
 
     pipeline = m max t + (sum t - max t) / v
 
-which is the 1F1B schedule's (m + p - 1) t for equal stages. Behind it comes what megamm does not overlap:
+which is the 1F1B schedule's (m + p - 1) t for equal stages. Tensors between stages are waited for; the
+interleaved schedule sends v times as many while it computes, and waits for what takes longer than that, and
+while the pipeline is filled and emptied. Behind it comes what megamm does not overlap:
 the reduce-scatter of fp32 gradients and the all-gather of the weights over data parallelism, both of trained
 parameters alone, and the optimizer. The loading of data is taken to be hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from megamm.config import Recipe
@@ -32,10 +35,12 @@ GRADIENT_BYTES = 4  # sent in fp32
 
 @dataclass(frozen=True)
 class StageTime:
-    """A pipeline stage: its cost, and its exposed sending and receiving, for one micro-batch."""
+    """A pipeline stage, for one micro-batch: its cost, and its waiting for tensors of other stages, when the
+    pipeline is full and while it is filled and emptied."""
 
     cost: Cost
     pipeline: float
+    filling: float
 
     @property
     def seconds(self) -> float:
@@ -131,7 +136,7 @@ def images_per_row(recipe: Recipe) -> float:
     if model.assembly == "language":
         return 0.0
     if data.pack and model.assembly == "merged":
-        return float(max(1, data.sequence_length // (model.tokens_per_image + 256)))
+        return float(min(data.max_images, max(1, data.sequence_length // (model.tokens_per_image + 256))))
     return float(min(1, data.max_images))
 
 
@@ -208,20 +213,32 @@ def stage_times(
     """Of each pipeline stage, for a micro-batch of rows of `length`."""
     costs = pieces.stages(layout)
     if len(costs) == 1:
-        return [StageTime(costs[0], 0.0)]
+        return [StageTime(costs[0], 0.0, 0.0)]
     parallel = recipe.parallel
-    chunks = parallel.virtual_pipeline or 1
-    between = between_stages(recipe, world, gpu, length, parallel.pipeline, chunks)
-    last = len(costs) - 1
+    between = between_stages(recipe, world, gpu, length)
+    waits = pipeline_waits([cost.total for cost in costs], between, parallel.virtual_pipeline or 1)
+    return [StageTime(cost, *wait) for cost, wait in zip(costs, waits, strict=True)]
+
+
+def pipeline_waits(seconds: Sequence[float], between: float, chunks: int) -> list[tuple[float, float]]:
+    """How long stages that compute so long wait for tensors that take `between` to arrive, for a micro-batch:
+    when the pipeline is full, and while it is filled and emptied."""
+    last = len(seconds) - 1
     # what goes up and what comes down travels at the same time, also where no gradient comes down
-    return [StageTime(cost, between * (1 if stage in (0, last) else 2)) for stage, cost in enumerate(costs)]
+    filling = [between * (1 if stage in (0, last) else 2) for stage in range(len(seconds))]
+    if chunks == 1:
+        return list(zip(filling, filling, strict=True))
+    # every stage has a neighbour on both sides, and computes while it sends and receives
+    full = [max(0.0, 2 * chunks * between - computing) for computing in seconds]
+    return list(zip(full, filling, strict=True))
 
 
 def schedule(recipe: Recipe, world: int, gpu: Gpu, stages: list[StageTime]) -> Schedule:
     """A step of pipeline stages that take so long."""
     times = num_micro_batches(recipe, world)
     slowest = max(stages, key=lambda stage: stage.seconds)
-    bubble = sum(stage.seconds for stage in stages) - slowest.seconds
+    computing = sum(stage.cost.total for stage in stages) - slowest.cost.total
+    filling = sum(stage.filling for stage in stages) - slowest.filling
     replicas = data_parallel_size(recipe, world)
     data, optimizer = update_times(recipe, replicas, gpu, max(stage.cost.trained for stage in stages))
     cost = slowest.cost
@@ -232,7 +249,7 @@ def schedule(recipe: Recipe, world: int, gpu: Gpu, stages: list[StageTime]) -> S
         recompute=times * (cost.again.total - cost.again.tensor),
         tensor=times * whole.tensor,
         pipeline=times * slowest.pipeline,
-        bubble=bubble / (recipe.parallel.virtual_pipeline or 1),
+        bubble=computing / (recipe.parallel.virtual_pipeline or 1) + filling,
         data=data,
         optimizer=optimizer,
         products=times * whole.products,
@@ -241,9 +258,8 @@ def schedule(recipe: Recipe, world: int, gpu: Gpu, stages: list[StageTime]) -> S
     )
 
 
-def between_stages(recipe: Recipe, world: int, gpu: Gpu, length: int, pipeline: int, chunks: int) -> float:
-    """Seconds that a stage waits for the tensor of a micro-batch from a neighbour, with `pipeline` stages of
-    `chunks` chunks."""
+def between_stages(recipe: Recipe, world: int, gpu: Gpu, length: int) -> float:
+    """Seconds until the tensor of a micro-batch has come from the stage before."""
     parallel, model = recipe.parallel, recipe.model
     elements = float(length * model.language.hidden_size)
     if model.assembly == "cross_attention":
@@ -254,8 +270,7 @@ def between_stages(recipe: Recipe, world: int, gpu: Gpu, length: int, pipeline: 
     rate = gpu.nvlink_bytes_per_s * gpu.achieved.nvlink
     if world > gpu.gpus_per_node:
         rate = gpu.network_bytes_per_s * gpu.achieved.network
-    # an interleaved schedule sends while it computes
-    return ELEMENT * elements / rate / chunks
+    return ELEMENT * elements / rate
 
 
 def update_times(recipe: Recipe, replicas: int, gpu: Gpu, trained: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megamm.config import ConnectorConfig, LanguageConfig, Recipe, VisionConfig
+from megamm.config.parts import padded_vocab_size
 from megamm.planning.layout import stage_layers
 
 
@@ -31,11 +32,6 @@ class Tensor(NamedTuple):
     trained: bool
     in_fp8: bool = False
     shared: bool = False
-
-
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """The smallest multiple of `tensor` that holds the vocabulary (as in layers.decoder)."""
-    return -(-vocab_size // tensor) * tensor
 
 
 def rank_tensors(recipe: Recipe, stage: int) -> list[list[Tensor]]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from megamm.config import Recipe
 from megamm.errors import InputError
-from megamm.planning.flops import flops_per_step, hardware_flops_per_step, peak_flops
+from megamm.planning.flops import flops_per_step, hardware_flops_per_step
+from megamm.planning.hardware import peak_flops
 from megamm.recipe import validate
 from megamm.training.console import Console
 from megamm.training.metrics import SmoothedLoss, drop_rows_after, read_metrics, row_line
@@ -70,7 +71,7 @@ class Rates:
 
     Attributes:
         tflops_per_device: what the maths needs, which is what `mfu` counts.
-        mfu: share of the device's peak; None where that is not known.
+        mfu: share of the device's dense bf16 peak, also with FP8; None where that is not known.
         hfu: the same with what recomputation does again.
         data_wait: share of the time, 0 to 1.
     """

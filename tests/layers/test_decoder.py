@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamm.batch import IGNORE_INDEX
+from megamm.config.parts import padded_vocab_size
 from megamm.engine.groups import Groups
 from megamm.layers import decoder
-from megamm.layers.decoder import padded_vocab_size
 from megamm.ops import linear_cross_entropy
 from tests.dist.tiny import VOCAB, tiny_batch, tiny_recipe
 from tests.one_process import build, whole

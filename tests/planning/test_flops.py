@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megamm.config import Recipe
 from megamm.models.projector import MLPProjector
 from megamm.models.vision.vit import VisionTransformer
-from megamm.planning.flops import flops_by_part, flops_per_step, peak_flops
+from megamm.planning.flops import flops_by_part, flops_per_step
+from megamm.planning.hardware import gpu_by_name, gpu_names, peak_flops
 from megamm.recipe import recipe_from_dict
 
 LENGTH = 32
@@ -370,6 +371,9 @@ def test_peaks() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
+    assert peak_flops("NVIDIA H100 NVL", "bf16") == 835e12
+    for gpu in map(gpu_by_name, gpu_names()):  # runs and plans are measured by the same peak
+        assert peak_flops(f"NVIDIA {gpu.name}", "bf16") == gpu.bf16_flops
 
 
 def test_the_output_layer_counts_where_there_is_loss() -> None:

@@ -44,7 +44,7 @@ def test_text(path: str, capsys: pytest.CaptureFixture[str]) -> None:
         "MFU",
         "GPU-hours",
         "fits:",
-        "too large:",
+        "too large, the smallest first: ",
         "--parallel.",
     ):
         assert words in out, words
@@ -83,6 +83,44 @@ def test_a_layout_that_does_not_fit_the_gpus_still_gets_proposals(
         "\n", ""
     )
     assert "fastest of" in out
+
+
+def test_images_count_for_memory_and_time(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for arguments in (["--images", "1"], ["--images", "3"], []):
+        assert main(["plan", path, "--json", "--top", "2", *arguments, "--data.max_images=3"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    one, three, unsaid = plans
+    for found in (one, three, unsaid):
+        assert found["best"][0]["memory"]["total"] <= found["memory_limit"] < found["gpu_memory"]
+    assert one["step"]["seconds"] == unsaid["step"]["seconds"] < three["step"]["seconds"]
+    features = [found["memory"]["stages"][0]["vision_features"] for found in plans]
+    assert features[0] < features[1] == features[2]  # unsaid: room for as many as there may be
+    assert (unsaid["images_per_row"], unsaid["images_in_memory"]) == (1, 3)
+    assert main(["plan", path, "--images", "4"]) == 2  # of 576 positions, in rows of 2048
+    assert "--images: 4 in a row are more than" in capsys.readouterr().err
+
+
+def test_fp8(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused where there is none; elsewhere MFU is a share of the bf16 peak, as it is in a run."""
+    arguments = ["plan", path, "--training.fp8.scaling=delayed", "--top", "1"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "delayed does not work on A100-SXM4-80GB, which has no FP8 arithmetic; plan for h100-80gb or" in error
+    )
+    assert main([*arguments, "--gpu", "h100-80gb"]) == 0
+    assert "of the bf16 peak; " in capsys.readouterr().out
+
+
+def test_what_fits_is_what_would_be_proposed(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One limit for the recipe's own layout and for the others, and the layouts next to it come first."""
+    assert main(["plan", path, "--json", "--top", "1", "--gpus", "32", "--gpu", "a100-40gb"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    most = max(stage["total"] for stage in found["memory"]["stages"])
+    assert found["memory"]["fits"] is (most <= found["memory_limit"])
+    needed = [refused["needed"] for refused in found["refused"] if refused["kind"] == "memory"]
+    assert needed == sorted(needed) and needed[0] > found["memory_limit"]
 
 
 def test_help_documents_the_json(path: str, capsys: pytest.CaptureFixture[str]) -> None:

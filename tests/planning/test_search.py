@@ -10,6 +10,7 @@ import pytest
 
 from megamm.config import Recipe
 from megamm.planning.hardware import gpu_by_name
+from megamm.planning.image_activations import images_in_memory, images_of_micro_batch
 from megamm.planning.layout_names import describe, overrides_of
 from megamm.planning.memory import largest_stage
 from megamm.planning.pieces import Pieces
@@ -54,6 +55,13 @@ def test_proposals_hold_what_they_promise() -> None:
     assert len(set(splits)) == 4
 
 
+def test_images_that_are_given_are_those_that_memory_holds() -> None:
+    for candidate in search(recipe(), 64, A100, top=2, images=1).best:
+        own, said = candidate.recipe, images_in_memory(candidate.recipe, 1)
+        assert said == own.training.micro_batch_size < images_of_micro_batch(own)
+        assert candidate.memory == largest_stage(own, 64, said)[1] != largest_stage(own, 64)[1]
+
+
 def test_nothing_that_was_tried_is_better() -> None:
     """The sums that the search ranks by are the schedule's, with pipelines, chunks and recomputation."""
     base = recipe("data.train=[{path: a, weight: 1, sequence_length: 1024}, {path: b, weight: 1}]")
@@ -82,7 +90,7 @@ def test_why_the_others_fail() -> None:
     found = search(recipe(**sections), 64, A100, top=2)
     reasons = {refused.layout: (refused.kind, refused.reason) for refused in found.refused}
     kind, reason = reasons["TP1 PP1"]
-    assert kind == "memory" and "GiB of 79 on stage 0" in reason and "gradients" in reason
+    assert kind == "memory" and " and has 74.4 on stage 0" in reason and "gradients" in reason
     assert reasons["TP8"][0] == "layout"
     assert "model.connector.num_heads: 12 is not divisible by parallel.tensor 8" in reasons["TP8"][1]
     few = search(recipe("training.global_batch_size=4"), 16, A100)

@@ -20,6 +20,9 @@ from megamm.config import ParallelConfig, Recipe
 from megamm.engine import groups
 from megamm.engine.weights import named_shards
 from megamm.planning.dry_run import dry_run, parameter_counts
+from megamm.planning.hardware import gpu_by_name
+from megamm.planning.parameters import held_bytes
+from megamm.planning.report import plan_of
 from megamm.planning.shard import build_shard, fake_model, first_rank_of_stage
 from megamm.recipe import load_recipe
 from tests.dist.harness import run_distributed
@@ -124,7 +127,12 @@ PRECISIONS = [
 ]
 
 
-def held_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+def moments(state: dict[str, Any]) -> list[torch.Tensor]:
+    """Of a parameter in AdamW, without what counts its steps."""
+    return [value for name, value in state.items() if name in ("exp_avg", "exp_avg_sq")]
+
+
+def really_held(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """What a real rank holds after a step, in bytes, and how many parameters."""
     from tests.dist.workers import Run
 
@@ -135,7 +143,7 @@ def held_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
         buffers = [buffer for model in run.wrapped for buffer in model.buffers]
         parts = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
         inner = [part.optimizer for part in parts if part.optimizer]
-        state = [value for one in inner for entry in one.state.values() for value in entry.values()]
+        state = [value for one in inner for entry in one.state.values() for value in moments(entry)]
         if run.recipe.training.precision == "bf16":  # fp32 weights, of which bf16 ones are made
             state += [p for one in inner for group in one.param_groups for p in group["params"]]
         parameters = [parameter for model in run.models for parameter in model.parameters()]
@@ -144,7 +152,7 @@ def held_bytes(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
                 "total": sum(p.numel() for p in parameters),
                 "weights": sum(p.nbytes for p in parameters),
                 "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-                "optimizer": sum(v.nbytes for v in state if torch.is_tensor(v) and v.numel() > 1),
+                "optimizer": sum(v.nbytes for v in state),
             }
         )
     groups.shutdown()
@@ -156,16 +164,33 @@ def frozen_vision(overrides: dict[str, Any]) -> Recipe:
 
 
 def test_bytes_are_those_of_a_real_rank() -> None:
-    ranks = run_distributed(2, "tests.planning.test_shard:held_bytes", {"cases": PRECISIONS})
+    ranks = run_distributed(2, "tests.planning.test_shard:really_held", {"cases": PRECISIONS})
     for overrides, first, second in zip(PRECISIONS, *ranks, strict=True):
-        plan = build_shard(frozen_vision(overrides), 2, 1).all
-        assert plan.total == second["total"] and plan.weight_bytes == second["weights"]
-        assert 0 < plan.trained < plan.total
-        # real buffers are padded, so that every parameter starts at a round place
+        for rank, real in enumerate((first, second)):
+            shard = build_shard(frozen_vision(overrides), 2, rank)
+            plan, held = shard.all, shard.held
+            assert plan.total == real["total"] and plan.weight_bytes == real["weights"]
+            assert 0 < plan.trained < plan.total
+            assert (held.gradients, held.optimizer) == (real["gradients"], real["optimizer"])
+            # weights that are trained lie in the buffer, and what fills it up with them
+            assert real["weights"] <= held.weights <= 1.1 * real["weights"]
+        # parts have even shares, without what fills up the buffers
         assert plan.gradient_bytes <= second["gradients"] <= 1.1 * plan.gradient_bytes
-        # ranks share the state evenly, but not to the element
         together = first["optimizer"] + second["optimizer"]
         assert together == pytest.approx(2 * plan.optimizer_bytes, rel=0.01)
+
+
+def test_dry_run_and_plan_say_the_same() -> None:
+    """Of processes, batch and bytes, for a recipe that names its hardware."""
+    recipe = load_recipe(RECIPE_65B, ["--training.global_batch_size=1024"])
+    plan, text = plan_of(recipe, WORLD, gpu_by_name("h100-80gb"), top=1), dry_run(recipe)
+    layout = plan["layout"]
+    assert f"{WORLD} processes = tensor 8 x pipeline 8 x data {layout['data']}" in text
+    assert f"x data {layout['data']} x accumulation {layout['micro_batches']}" in text
+    rows = [line.split() for line in dry_run(recipe, WORLD).splitlines() if "decoder layers" in line]
+    for row, memory in zip(rows, plan["memory"]["stages"], strict=True):
+        kinds = ("weights", "gradients", "optimizer")
+        assert row[4:7] == [f"{memory[kind] / 2**30:.2f}" for kind in kinds]
 
 
 def test_the_table_names_the_stage_that_holds_most() -> None:
@@ -173,7 +198,7 @@ def test_the_table_names_the_stage_that_holds_most() -> None:
     rows = [line.split() for line in text.splitlines() if "layers" in line]
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "4"]]
     assert float(rows[0][7]) == float(rows[0][4]) + float(rows[0][5]) + float(rows[0][6])
-    sizes = [build_shard(tiny({"pipeline": 2, "tensor": 2}), 8, rank).all.all_bytes for rank in (0, 4)]
+    sizes = [held_bytes(tiny({"pipeline": 2, "tensor": 2}), 8, stage).total for stage in (0, 1)]
     largest = sizes.index(max(sizes))
     assert f"those of stage {largest} (rank {4 * largest} and others)" in text
 

@@ -18,9 +18,16 @@ from megamm.errors import InputError
 from megamm.planning.flops import flops_by_part
 from megamm.planning.hardware import Gpu, gpu_by_name, gpu_names
 from megamm.planning.layout import stage_layers
+from megamm.planning.parameters import rank_parameters
 from megamm.planning.pieces import Pieces
 from megamm.planning.splits import balanced
-from megamm.planning.step_time import batch_of, length_shares, step_time
+from megamm.planning.step_time import (
+    batch_of,
+    images_per_row,
+    length_shares,
+    pipeline_waits,
+    step_time,
+)
 from megamm.planning.timing import link_rate
 from megamm.recipe import recipe_from_dict
 
@@ -210,6 +217,26 @@ def test_pipelines() -> None:
     assert sum(stage.total for stage in stages) == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("new_tokens", ["true", "false"])
+@pytest.mark.parametrize("freeze", ["[vision]", "[vision, language]"])
+def test_what_is_sent_over_data_parallelism_are_the_trained_weights(freeze: str, new_tokens: str) -> None:
+    """Also the whole tables, where nothing but rows of new tokens is trained: so large is the gradient."""
+    recipe = vlm(
+        *(f"training.freeze={freeze}", "model.language.added_vocab=4", "parallel.pipeline=2"),
+        f"training.unfreeze.new_tokens={new_tokens if 'language' in freeze else 'false'}",
+    )
+    for stage, time in enumerate(step_time(recipe, 8, gpu_by_name("h100-80gb")).stages):
+        trained = sum(part.trained for part in rank_parameters(recipe, stage).values())
+        assert time.cost.trained == pytest.approx(trained, rel=0.001)
+
+
+def test_an_interleaved_schedule_waits_for_what_takes_longer_than_computing() -> None:
+    """Four stages of 10 s, and tensors that take 1 s: two of them for each of 2 or 8 chunks."""
+    assert pipeline_waits([10.0] * 4, 1.0, chunks=1) == [(1, 1), (2, 2), (2, 2), (1, 1)]
+    assert pipeline_waits([10.0] * 4, 1.0, chunks=2) == [(0, 1), (0, 2), (0, 2), (0, 1)]
+    assert pipeline_waits([10.0, 20.0], 1.0, chunks=8) == [(6, 1), (0, 1)]
+
+
 def test_where_communication_binds() -> None:
     """Small batches of a large trained model: 64 samples of 640 positions over 32 GPUs."""
     settings = ("data.sequence_length=640", "training.freeze=[vision]", "model.language.preset=llama2-13b")
@@ -218,6 +245,11 @@ def test_where_communication_binds() -> None:
     assert spread.schedule.data > 0.5 * spread.schedule.compute
     split = step_time(vlm(*settings, "parallel.tensor=8", "parallel.sequence=true"), 32, gpu)
     assert split.schedule.data < 0.8 * spread.schedule.data
+
+
+def test_a_packed_row_has_no_more_images_than_the_data_give() -> None:
+    assert images_per_row(vlm("data.pack=true", "data.sequence_length=4096")) == 4096 // (576 + 256)
+    assert images_per_row(vlm("data.pack=true", "data.sequence_length=4096", "data.max_images=2")) == 2
 
 
 def test_lengths_are_weighted_by_samples() -> None:
