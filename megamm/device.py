@@ -22,6 +22,7 @@ import torch
 from megamm.errors import InputError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CGROUP = Path("/sys/fs/cgroup")
 _TE_REMEDY = "install NVIDIA's Transformer Engine (pip install 'megamm[gpu]') or set parallel.backend=local"
 
 
@@ -102,9 +103,11 @@ def memory_limit(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     available = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     with contextlib.suppress(OSError, ValueError):  # "max": without limit
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # files that were read count as used, until something else needs the room
+        available = min(available, limit - used + int(stat.get("inactive_file", 0)))
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -250,3 +250,14 @@ def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < alone <= psutil.virtual_memory().total
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert device.memory_limit(torch.device("cpu")) < alone / 2
+
+
+def test_memory_limit_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cached files are no memory that is taken."""
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, text in {"max": "4000", "current": "3900", "stat": "anon 900\ninactive_file 3000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert device.memory_limit(torch.device("cpu")) == 3100
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.memory_limit(torch.device("cpu")) > 4000

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -15,7 +16,7 @@ from megamm.config import Recipe
 from megamm.engine import manifest as manifests
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import Manifest
-from megamm.engine.optimizer_state import load_state
+from megamm.engine.optimizer_state import groups_of, load_state
 from megamm.engine.ranks import gather
 from megamm.engine.sharded_files import load_sharded, read_index, saved_tensors, tensors_of
 from megamm.engine.sharded_state import chunk_key, model_state, state_to_load
@@ -114,6 +115,7 @@ def _refuse_other_optimizer(checkpoint: Path, optimizer_state: dict[str, Any]) -
     wanted = {name for part in gather(mine) for name in part}
     saved = {n for n in tensors_of(read_index(checkpoint / "shards")) if n.startswith("optimizer.")}
     if wanted == saved:
+        _refuse_other_groups(checkpoint, optimizer_state)
         return
     # "optimizer.state.exp_avg.language.output_layer.weight": the weight stands behind the third dot
     trained, had = ({name.split(".", 3)[3] for name in names} for names in (wanted, saved))
@@ -133,6 +135,20 @@ def _refuse_other_optimizer(checkpoint: Path, optimizer_state: dict[str, Any]) -
         "so its optimizer state does not fit; set training.freeze and training.unfreeze as in its "
         "recipe.yaml, or start a new stage with training.init_from and another run_dir"
     )
+
+
+def _refuse_other_groups(checkpoint: Path, optimizer_state: dict[str, Any]) -> None:
+    """The replicated optimizer's state is kept by parameter groups, so it fits only as many as it had."""
+    groups = groups_of(optimizer_state)
+    if not any("params" in group for group in groups):
+        return
+    there = groups_of(load_common_state_dict(str(checkpoint / "shards"))["optimizer"])
+    if len(there) != len(groups):
+        raise InputError(
+            f"{checkpoint}: its optimizer state is that of {len(there)} groups of weights, and this recipe "
+            f"makes {len(groups)}; set optimizer.parts and optimizer.no_decay as in its recipe.yaml (only "
+            "parallel.distributed_optimizer, from the start, allows others)"
+        )
 
 
 def load_models(models: list[Any], state: dict[str, Any], strict: bool = True) -> None:

@@ -44,6 +44,13 @@ def optimizer_state(optimizer: Any, model_state: dict[str, Any], metadata: dict[
     }
 
 
+def groups_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups in a state dict of megatron-core's optimizers."""
+    # where fp32 weights are kept beside them, they are one level down
+    groups: list[dict[str, Any]] = state.get("optimizer", state)["param_groups"]
+    return groups
+
+
 def load_state(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Fill `optimizer` with loaded state: moments, fp32 weights and the number of steps. Rates, decay and
     betas of the parameter groups stay those of the recipe, however the groups of the checkpoint were made.
@@ -53,6 +60,7 @@ def load_state(optimizer: Any, loaded: dict[str, Any]) -> None:
         loaded: what its sharded state dict has become; changed on the way.
     """
     state = loaded.get("optimizer", loaded)  # where fp32 weights are kept beside it, it is one level down
+    state.setdefault("state", {})  # files have no empty ones, of ranks that train nothing
     there = state["param_groups"]
     steps = [group["step"] for group in there if "step" in group]
     own = [

@@ -235,13 +235,15 @@ def _without_moments(
             yield Difference(name, "state of another tensor", "trained")
         elif name not in stage.moments:
             yield Difference(name, "not trained", "trained")
-        elif name in wanted.by_rows and not _trained_same_rows(stage, recipe):
+        elif name in wanted.by_rows and not _trained_same_rows(stage, recipe, name):
             yield Difference(name, "state of other rows", "only new tokens trained")
 
 
-def _trained_same_rows(stage: Stage, recipe: Recipe) -> bool:
+def _trained_same_rows(stage: Stage, recipe: Recipe, name: str) -> bool:
+    unfreeze = stage.recipe.training.unfreeze
     added = stage.recipe.model.language.added_vocab == recipe.model.language.added_vocab
-    return added and stage.recipe.training.unfreeze.new_tokens
+    was_whole = name == OUTPUT and unfreeze.language is not None  # it goes with the last blocks
+    return added and unfreeze.new_tokens and not was_whole
 
 
 # --- what is made anew --------------------------------------------------------------------------------

@@ -97,9 +97,12 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
             stop = stop_requests.agreed()
             if stop or _is_time_to_save(recipe, progress.step):
                 session.checkpoints.save(progress)
-            if stop:
+            if stop and progress.step < recipe.training.steps:
                 _say(logger, f"{stop}: stopped after step {progress.step}, saved; the same command goes on")
                 break
+            if stop:  # nothing goes on from here, so what comes behind the last step is not left out
+                session.checkpoints.wait()
+                _say(logger, f"{stop}: came with the last step, now saved; the run ends as it would have")
             if validation.due(progress.step):
                 validation.run(progress.step)
         session.checkpoints.wait()

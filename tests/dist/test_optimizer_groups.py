@@ -42,3 +42,18 @@ def test_a_resumed_run_has_the_same_groups(distributed: bool, tmp_path: Path) ->
     resumed = run_distributed(2, "tests.dist.workers:load_and_go_on", args)
     for one, other in zip(straight, resumed, strict=True):
         assert one["curve"] == other["curve"]
+
+
+def test_a_stage_of_a_pipeline_that_trains_nothing_resumes(tmp_path: Path) -> None:
+    """With a replicated optimizer, which has no state there."""
+    overrides = {"parallel.pipeline": 2, "parallel.distributed_optimizer": False}
+    overrides |= {"training.freeze": "[vision, language]"}
+    args: dict[str, Any] = {
+        "assembly": "merged",
+        "overrides": overrides,
+        "directory": str(tmp_path),
+        "more": 1,
+    }
+    straight = run_distributed(2, "tests.dist.workers:save_after", {**args, "steps": 2})
+    resumed = run_distributed(2, "tests.dist.workers:load_and_go_on", args)
+    assert [result["curve"] for result in straight] == [result["curve"] for result in resumed]

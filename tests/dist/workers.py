@@ -197,7 +197,7 @@ def whole_tensors(results: list[dict[str, Any]], key: str) -> dict[str, torch.Te
     for result in results:
         for name, shape, index, data in result[key]:
             tensor = whole.setdefault(name, torch.full(shape, float("nan")))
-            piece = data.reshape(tensor[index].shape)
+            piece = data.reshape(tensor[index].shape).to(tensor.dtype)
             known = tensor[index]
             if not known.isnan().any():
                 torch.testing.assert_close(

@@ -400,3 +400,17 @@ def test_resuming_with_another_kind_of_optimizer(layout: Groups, tmp_path: Path)
         InputError, match=r"optimizer state is of another kind; set parallel\.distributed_opt"
     ):
         run.checkpoints(tmp_path).load_newest()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_a_replicated_optimizer_with_other_groups(
+    precision: str, layout: Groups, tmp_path: Path
+) -> None:
+    replicated = {"parallel.distributed_optimizer": "false", "training.precision": precision}
+    save(start(replicated, step=1).checkpoints(tmp_path), 1)
+    parts = {"optimizer.parts": "[{part: vision, lr: 0.0001}]"}
+    run = start({**replicated, **parts})
+    with pytest.raises(InputError, match=r"of 2 groups of weights, .* makes 4; set optimizer\.parts and"):
+        run.checkpoints(tmp_path).load_newest()
+    run = start({**replicated, "optimizer.lr": 0.5, "optimizer.no_decay": "[embeddings]"})
+    assert run.checkpoints(tmp_path).load_newest() == Progress(1, 8)

@@ -142,6 +142,10 @@ def test_the_optimizer_of_another_stage_is_refused(layout: Groups, tmp_path: Pat
     assert lines[0] == "training.precision: there fp32, here bf16"
     assert "connector.linear_1.weight: there not trained, here trained" in lines
     assert f"{EMBEDDING}: there state of other rows, here only new tokens trained" in lines
+    # the output layer was trained whole, along with the last block
+    last_block = tiny_recipe("merged", {**keep, "training.unfreeze.language": 3})
+    whole_output = replace(stage, recipe=last_block, moments=wanted.trained)
+    assert refused(whole_output) == [f"{OUTPUT}: there state of other rows, here only new tokens trained"]
     same_rows = replace(stage, recipe=now, moments=wanted.trained)
     assert len(plan_handover(same_rows, now, wanted).lines) == 3
     grown = refused(same_rows, **{"model.language.vocab_size": 69})

@@ -116,6 +116,14 @@ def test_validation_data_count_once_they_are_used(make: Make, look: Look, tmp_pa
         look(make(*keys, "validation.interval=5"))
 
 
+def test_validation_data_are_cut_as_validation_cuts_them(
+    make: Make, look: Look, copy: Path, dataset_dir: Path
+) -> None:
+    """Where every source has a length of its own, data.sequence_length is nobody's."""
+    keys = ["data.sequence_length=6", f"data.train=[{{path: {dataset_dir}, sequence_length: 128}}]"]
+    assert look(make("data", *keys, f"validation.data={copy}", "validation.interval=5")) == []
+
+
 def test_files_of_another_size(make: Make, look: Look, copy: Path) -> None:
     with (copy / "loss_mask.bin").open("ab") as file:
         file.write(b"1")
@@ -123,6 +131,17 @@ def test_files_of_another_size(make: Make, look: Look, copy: Path) -> None:
         InputError, match=r"preflight\.data: .*loss_mask\.bin: contradicts .* run `megamm prepare`"
     ):
         look(make("data", f"data.train={copy}"))
+
+
+def test_errors_that_name_no_file(make: Make, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megamm.data.indexed import PreparedDataset
+
+    def damaged(*_: object, **__: object) -> None:
+        raise ValueError("mmap length is greater than filesize")
+
+    monkeypatch.setattr(PreparedDataset, "__init__", damaged)
+    with pytest.raises(InputError, match=r"data: /.*: cannot be read \(mmap .*\); `megamm data check /"):
+        look(make("data"))
 
 
 def test_another_tokenizer(make: Make, layout: Groups, tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+from megamm.engine.checkpoint import resolve
 from megamm.engine.manifest import list_checkpoints
+from megamm.training.metrics import read_metrics
 from tests.training.runs import (
     STEPS,
     assert_same_end,
@@ -79,6 +82,25 @@ def test_a_packed_run_goes_on_with_other_processes(
     consumed = [0] + [row[1] for row in curve(one)]
     assert len({after - before for before, after in pairwise(consumed)}) > 1
     assert "of the positions of packed rows were padding" in log.read_text()
+
+
+def test_a_resumed_run_has_the_rates_of_its_recipe(tmp_path: Path, uninterrupted: Path) -> None:
+    """Not those that lie in the checkpoint with the optimizer's state, also where its groups are others."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted / "run", run_dir)
+    shutil.rmtree(list_checkpoints(run_dir / "checkpoints")[0])
+    changed = ["--optimizer.schedule=constant", "--optimizer.lr=0.0005", "--optimizer.weight_decay=0.3"]
+    changed += ["--optimizer.parts=[{part: vision, lr: 0.0002}]"]
+    log = tmp_path / "log"
+    assert run(uninterrupted / "recipe.yaml", log, f"--run_dir={run_dir}", *changed) == 0, log.read_text()
+    assert f"resumed at step {STEPS - 3}" in log.read_text()
+    assert [row["lr"] for row in read_metrics(run_dir / "metrics.jsonl")][-3:] == [0.0005] * 3
+    common = torch.load(resolve(run_dir) / "shards" / "common.pt", weights_only=False)
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {
+        (rate, decay) for rate in (0.0005, 0.0002) for decay in (0.3, 0.0)
+    }
+    assert {group["step"] for group in groups} == {STEPS}
 
 
 def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, uninterrupted: Path) -> None:

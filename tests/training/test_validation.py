@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from PIL import Image
 from megamm.config import ImageConfig, Recipe
 from megamm.data.questions import iter_questions
 from megamm.engine import groups
+from megamm.engine.checkpoint import Checkpoints
 from megamm.errors import InputError
 from megamm.inference import load
 from megamm.recipe import load_recipe, validate
 from megamm.training.held_out import held_out_recipe
 from megamm.training.logging import RunLogger, read_metrics
 from megamm.training.setup import build_session
+from megamm.training.stopping import STOPPED
 from megamm.training.train import train
 from megamm.training.validation import Validation, evaluation_mode
 from tests.data.helpers import entry, write_images
@@ -156,6 +159,32 @@ def test_a_run_that_died_while_it_looked(
         assert answers[0].read_text() == answers[1].read_text()
     train(broken)  # nothing to do, nothing to catch up with
     assert losses(broken) == losses(straight)
+
+
+def test_signals_between_steps(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One during a look ends the run after the next step. One during the save before the last step changes
+    nothing: the run ends with its last look."""
+    straight, stopped = (make(name, "checkpoint.interval=4") for name in ("straight", "stopped"))
+    train(straight)
+
+    def signalled(owner: type, method: str) -> None:
+        real = getattr(owner, method)
+
+        def first(*args: Any) -> None:
+            monkeypatch.setattr(owner, method, real)
+            signal.raise_signal(signal.SIGTERM)
+            real(*args)
+
+        monkeypatch.setattr(owner, method, first)
+
+    signalled(Validation, "run")
+    assert train(stopped) == STOPPED
+    assert [row[0] for row in curve(Path(stopped.run_dir))] == [1, 2, 3]
+    signalled(Checkpoints, "save")
+    assert train(stopped) == 0
+    assert "SIGTERM: came with the last step" in (Path(stopped.run_dir) / "log.txt").read_text()
+    assert losses(stopped) == losses(straight) and panels(stopped) == panels(straight)
+    assert curve(Path(stopped.run_dir)) == curve(Path(straight.run_dir))
 
 
 def test_a_full_disk_stops_no_training(make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:

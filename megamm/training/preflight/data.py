@@ -15,6 +15,7 @@ from megamm.data.inspect.findings import PROBLEMS
 from megamm.data.inspect.limits import Limits
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine.groups import Groups
+from megamm.engine.ranks import describe
 from megamm.errors import InputError
 from megamm.training.preflight.found import Found
 
@@ -32,12 +33,16 @@ def check_data(recipe: Recipe, layout: Groups, tokenizer: Tokenizer) -> Found:
     data, validation = recipe.data, recipe.validation
     places = {(source.path, source.sequence_length) for source in data.sources()}
     if validation.interval and validation.data is not None:
-        places.add((validation.data, data.sequence_length))
+        places.add((validation.data, max(data.sequence_lengths())))  # as held_out.py reads them
     for path, length in sorted(places):
         try:
             _check_dataset(Path(path), length, recipe, layout, tokenizer, found)
-        except (InputError, OSError, ValueError) as error:  # damaged files lead to any of them
+        except InputError as error:
             found.problems.append(str(error))
+        except (OSError, ValueError) as error:  # what damaged files lead to, in words that name no file
+            found.problems.append(
+                f"{path}: cannot be read ({describe(error)}); `megamm data check {path}` tells the damage"
+            )
     if validation.interval and validation.questions is not None and not Path(validation.questions).is_file():
         found.problems.append(
             f"validation.questions: {validation.questions} does not exist; correct the path"
