@@ -13,7 +13,7 @@ from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
 from megamm.device import choose_backend, distributed_backend, pick_device, require_fp8, seed_everything
 from megamm.engine import groups
-from megamm.engine.checkpoint import Checkpoints, Progress
+from megamm.engine.checkpoint import Checkpoints, Progress, resolve
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import list_checkpoints
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -87,6 +87,7 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     validate_world(recipe, groups.world_size())
     device = pick_device(recipe.training.device)
     tokenizer = load_tokenizer(recipe)
+    _look_for_start(recipe)
     backend_name, reason = choose_backend(recipe.parallel.backend)
     require_fp8(recipe.training.fp8.scaling, backend_name, device)
     seed_everything(recipe.seed)
@@ -113,6 +114,17 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     for line in describe_rates(recipe):
         report(line)
     return session
+
+
+def _look_for_start(recipe: Recipe) -> None:
+    """Whether the weights that a new run begins with are there at all, before a large model is built.
+
+    Raises:
+        InputError: they are not.
+    """
+    begins = not list_checkpoints(Path(recipe.run_dir) / "checkpoints")
+    if recipe.training.init_from and begins:
+        resolve(recipe.training.init_from)
 
 
 def _load_weights(session: Session, report: Report) -> None:
