@@ -23,7 +23,7 @@ from megamm.errors import InputError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CGROUP = Path("/sys/fs/cgroup")
-_TE_REMEDY = "install NVIDIA's Transformer Engine (pip install 'megamm[gpu]') or set parallel.backend=local"
+_TE_REMEDY = "install NVIDIA's Transformer Engine (tools/install_gpu.sh) or set parallel.backend=local"
 
 
 @dataclass(frozen=True)

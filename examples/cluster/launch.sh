@@ -34,9 +34,12 @@ tiny=
 for ((i = 1; i <= $#; i++)); do
   next=$((i + 1))
   case ${!i} in
-    --preset=tiny) tiny=yes ;;
-    --preset) if [ "${!next-}" = tiny ]; then tiny=yes; fi ;;
+    --preset=*) preset=${!i#*=} ;;
+    --preset) preset=${!next-} ;;
+    *) continue ;;
   esac
+  [ "$preset" = tiny ] || die "--preset: '$preset' is none; give tiny"
+  tiny=yes
 done
 
 if [ -n "$tiny" ]; then
@@ -75,8 +78,8 @@ if [ -z "$processes" ]; then
     python -m megamm train "$recipe" "$@"
 elif [ "${NNODES:-1}" -gt 1 ]; then
   [ -n "${RDZV_ENDPOINT-}" ] || die "RDZV_ENDPOINT: not set; give HOST:PORT of one of the $NNODES machines to all of them"
-  exec torchrun --nnodes "$NNODES" --nproc-per-node "$processes" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" \
-    -m megamm train "$recipe" "$@"
+  exec python examples/cluster/torchrun.py --nnodes "$NNODES" --nproc-per-node "$processes" \
+    --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" -m megamm train "$recipe" "$@"
 else
-  exec torchrun --standalone --nproc-per-node "$processes" -m megamm train "$recipe" "$@"
+  exec python examples/cluster/torchrun.py --standalone --nproc-per-node "$processes" -m megamm train "$recipe" "$@"
 fi

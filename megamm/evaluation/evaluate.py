@@ -82,7 +82,7 @@ def check_same_model(wanted: ModelConfig, found: ModelConfig, checkpoint: Path) 
     if differing:
         raise InputError(
             f"{checkpoint}: holds another model than the recipe describes ({'; '.join(differing[:3])}); "
-            f"give the recipe it was trained with"
+            f"give the recipe it was trained with: {checkpoint / 'recipe.yaml'}"
         )
 
 

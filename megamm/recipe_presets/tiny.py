@@ -30,6 +30,7 @@ STAGES = "runs"  # where recipes have their run directories
 STEPS = 160
 PEAK_LR = 4e-3  # ours; published rates are for large batches and pretrained weights
 MICRO_BATCHES, MICRO_BATCH_SIZE = 2, 8
+VALIDATION_BATCHES = 3  # as many as there are held-out samples for
 SEQUENCE_LENGTH = 192  # at most; shorter ones stay
 MAX_IMAGES = 3
 SIZES = Sizes(
@@ -67,7 +68,7 @@ def tiny(recipe: Recipe) -> Recipe:
             data=_rooted(recipe.validation.data),
             questions=_rooted(recipe.validation.questions),
             images=_rooted(recipe.validation.images),
-            batches=min(recipe.validation.batches, 4),
+            batches=min(recipe.validation.batches, VALIDATION_BATCHES),
             max_new_tokens=min(recipe.validation.max_new_tokens, 8),
         ),
         log=replace(recipe.log, interval=10, wandb=None),

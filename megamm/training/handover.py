@@ -83,7 +83,13 @@ def hand_over(
         InputError: the checkpoint is damaged, or does not fit; with everything that does not.
     """
     assert recipe.training.init_from is not None
-    stage = handover.open_stage(resolve(recipe.training.init_from))
+    try:
+        checkpoint = resolve(recipe.training.init_from)
+    except InputError as error:
+        raise InputError(
+            f"training.init_from: {error}; the stage that writes it comes before this one"
+        ) from None
+    stage = handover.open_stage(checkpoint)
     words = tokenizer_directory(stage.path)
     old_tokenizer = Tokenizer.load(words) if words.is_dir() else None
     plan = plan_handover(stage, recipe, handover.wanted_by(models, groups), old_tokenizer, tokenizer)

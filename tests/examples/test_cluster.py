@@ -119,6 +119,38 @@ def test_a_failed_job_stays_failed(tmp_path: Path, dataset_dir: Path, tokenizer_
     assert "requeue" not in job.scontrol_log.read_text()
 
 
+def test_torchrun_ends_as_the_run_does(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    """Wrong input on two ranks: no traceback of torchrun's buries the sentence, and the exit code is kept."""
+    stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    done = subprocess.run(
+        ["bash", stage, f"--training.init_from={tmp_path / 'none'}"],
+        env=environment(PROCESSES_PER_NODE=2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"megamm: training.init_from: {tmp_path / 'none'}: no checkpoint here" in done.stderr
+    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+
+
+def test_ctrl_c_ends_torchrun_and_its_ranks(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
+    stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    variables = environment(PROCESSES_PER_NODE=2)
+    with (tmp_path / "log").open("wb") as log:
+        command = ["bash", stage, "--training.steps=100000"]
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_step(tmp_path / "run", 2, process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+        assert not psutil.wait_procs(ranks, timeout=10)[1]
+    finally:
+        kill(process)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_two_machines_without_slurm(
     tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
 ) -> None:
