@@ -10,6 +10,7 @@ import torch
 
 from megamm.data.templates import Template, Turn
 from megamm.data.tokenizer import Tokenizer, train_tokenizer
+from tests import forks
 from tests.data.helpers import VOCAB_SIZE, conversations, prepared, write_images
 
 TEXTS = [
@@ -25,6 +26,13 @@ def seeded() -> Iterator[None]:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(1234)
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """The interpreters that processes are forked from end with the tests."""
+    yield
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,14 @@ case $set_name in
   *) marks=$set_name ;;
 esac
 
+# Files go to workers of their own, but for tests that share a GPU or wait for what they break.
+workers=$(nproc)
+((workers <= 4)) || workers=4
+case $set_name in
+  fast | slow) parallel=(-n "$workers" --dist loadfile) ;;
+  *) parallel=() ;;
+esac
+
 failed=()
 check() {
   local start=$SECONDS
@@ -42,7 +50,7 @@ check ruff format --check --quiet .
 check ruff check --quiet .
 check mypy megamm
 check clang-format --dry-run -Werror "${sources[@]}"
-check python tests/run_pytest.py -m "$marks" "$@"
+check python tests/run_pytest.py -m "$marks" "${parallel[@]}" "$@"
 
 if ((${#failed[@]})); then
   printf 'tests/run.sh: failed: %s\n' "$(IFS=';' && echo "${failed[*]}")" >&2

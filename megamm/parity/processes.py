@@ -18,9 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megamm.errors import RunError
 
@@ -31,6 +31,25 @@ class RankFailure(RunError):
     """A rank failed or did not finish in time; the message holds the last lines of its output."""
 
 
+class Rank(Protocol):
+    """A process that leads a session of its own."""
+
+    @property
+    def pid(self) -> int:
+        """Its id, and that of its group."""
+
+    def exit_status(self) -> int | None:
+        """The exit status (of a signal: its negative), or None while it runs. Leaves the zombie: its id then
+        stays that of the group."""
+
+    def reap(self) -> None:
+        """Wait for its end, by which its id becomes free."""
+
+
+# (rank, arguments of run_rank, whole environment, log) -> the process
+Start = Callable[[int, list[str], dict[str, str], Path], Rank]
+
+
 def run_processes(
     world_size: int,
     target: str,
@@ -38,6 +57,7 @@ def run_processes(
     work: Path,
     timeout: float,
     env: Mapping[str, str] | None = None,
+    start: Start | None = None,
 ) -> list[Path]:
     """Call `target` in `world_size` processes that find each other through torchrun's environment.
 
@@ -47,17 +67,20 @@ def run_processes(
         work: an existing directory of the caller's, for output and results.
         timeout: seconds until all ranks are killed.
         env: further environment variables; OMP_NUM_THREADS is 1 unless given here.
+        start: starts the process of a rank; None: a new Python interpreter.
     Returns:
         For each rank the file that torch.save made of what the function returned.
     Raises:
         RankFailure: a rank exited with an error, or the time was up. No process is left either way.
     """
     (work / "args.json").write_text(json.dumps(dict(args)))
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[Rank] = []
     try:
         port = str(free_port())
         for rank in range(world_size):
-            ranks.append(_start(rank, world_size, target, work, port, dict(env or {})))
+            environment = {**os.environ, **torchrun_environment(rank, world_size, port), **(env or {})}
+            arguments = [target, str(work / "args.json"), str(_result(work, rank))]
+            ranks.append((start or Interpreter)(rank, arguments, environment, _log(work, rank)))
         _wait(ranks, work, target, timeout)
     finally:
         _kill_groups(ranks)
@@ -71,10 +94,42 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _start(
-    rank: int, world_size: int, target: str, work: Path, port: str, env: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    torchrun_env = {
+class Interpreter:
+    """A rank in a new Python interpreter."""
+
+    def __init__(self, rank: int, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        with open(log, "wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megamm.parity.processes", *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,  # closed when this process ends: see _end_with_caller
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """See Rank."""
+        return self._process.pid
+
+    def exit_status(self) -> int | None:
+        """See Rank."""
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if info is None:
+            return None
+        return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+    def reap(self) -> None:
+        """See Rank."""
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def torchrun_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+    """The variables that torchrun sets, for a rank of `world_size` on this machine."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -83,25 +138,15 @@ def _start(
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": "1",
     }
-    files = [str(work / "args.json"), str(_result(work, rank))]
-    with open(_log(work, rank), "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "megamm.parity.processes", target, *files],
-            env={**os.environ, **torchrun_env, **env},
-            stdin=subprocess.PIPE,  # closed when this process ends: see _end_with_caller
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], work: Path, target: str, timeout: float) -> None:
+def _wait(ranks: list[Rank], work: Path, target: str, timeout: float) -> None:
     """Returns when every rank has finished well; raises at the first failure or when the time is up."""
     deadline = time.monotonic() + timeout
     running = dict(enumerate(ranks))
     while running:
         for rank, process in list(running.items()):
-            status = _exit_status(process)
+            status = process.exit_status()
             if status is None:
                 continue
             if status != 0:
@@ -117,23 +162,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], work: Path, target: str, timeout
         time.sleep(0.02)
 
 
-def _exit_status(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit status, or None while it runs. Leaves the zombie: its id then stays that of the group."""
-    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if info is None:
-        return None
-    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def _kill_groups(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _kill_groups(ranks: list[Rank]) -> None:
     """Kills every process of the ranks' groups (the ranks and what they left) and reaps the ranks."""
     for process in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     for process in ranks:
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+        process.reap()
 
 
 def _describe(status: int) -> str:
@@ -165,7 +200,8 @@ def _end_with_caller() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _main(target: str, args_file: str, result_file: str) -> None:
+def run_rank(target: str, args_file: str, result_file: str) -> None:
+    """Call "module:function" with the arguments of a file; what it returns goes to another."""
     _end_with_caller()
     import torch
 
@@ -177,4 +213,4 @@ def _main(target: str, args_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    run_rank(*sys.argv[1:])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,10 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     command = [sys.executable, "-c", code]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        seconds.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime)
     assert result.stdout.splitlines()[-1] == "[]"
     assert min(seconds) < 0.4
 

@@ -4,7 +4,7 @@
 
 starts two processes with torchrun's environment; each imports `tests.dist.test_x` and calls
 `worker(tensor=2)`. What the ranks return comes back as a list, in rank order. The processes are those of
-`megamm.parity.processes`.
+`megamm.parity.processes`, forked from interpreters that have imported everything (tests/forks.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from megamm.parity.processes import RankFailure, free_port, run_processes
+from megamm.parity.processes import Interpreter, Rank, RankFailure, free_port, run_processes
+from tests import forks
 
-__all__ = ["ROOT", "DistributedError", "free_port", "run_distributed"]
+__all__ = ["ROOT", "DistributedError", "fork_rank", "free_port", "run_distributed"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,7 @@ def run_distributed(
     target: str,
     args: Mapping[str, Any] | None = None,
     timeout: float = 120.0,
-    env: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> list[Any]:
     """Calls `target` in `world_size` processes and returns what each rank returned.
 
@@ -42,7 +43,7 @@ def run_distributed(
         target: "module:function", importable from the root of the repository.
         args: keyword arguments of the function; must survive JSON.
         timeout: seconds until all ranks are killed.
-        env: further environment variables; OMP_NUM_THREADS is 1 unless given here.
+        fresh: start new interpreters instead of forks.
 
     Returns:
         One result per rank. Anything torch.save can write.
@@ -51,10 +52,20 @@ def run_distributed(
         DistributedError: a rank exited with an error, or the time was up.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    start = None if fresh else fork_rank
+    if not fresh and forks.possible({"OMP_NUM_THREADS": "1"}):
+        forks.warm(world_size)
     with tempfile.TemporaryDirectory(prefix="megamm_dist_") as folder:
+        work = Path(folder)
         try:
-            environment = {"PYTHONPATH": path, **(env or {})}
-            files = run_processes(world_size, target, args or {}, Path(folder), timeout, environment)
+            files = run_processes(world_size, target, args or {}, work, timeout, {"PYTHONPATH": path}, start)
         except RankFailure as error:
             raise DistributedError(str(error)) from None
         return [torch.load(file, weights_only=False) for file in files]
+
+
+def fork_rank(rank: int, arguments: list[str], environment: dict[str, str], log: Path) -> Rank:
+    """What `run_processes` starts a rank with."""
+    if not forks.possible(environment):
+        return Interpreter(rank, arguments, environment, log)
+    return forks.start(rank, "megamm.parity.processes:run_rank", arguments, environment, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,15 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.dist.harness import DistributedError, run_distributed
+from tests.dist.harness import ROOT, DistributedError, run_distributed
+
+EITHER_WAY = pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
 
 
-def add_ranks(scale: float) -> dict[str, torch.Tensor | str | None]:
+def add_ranks(scale: float) -> dict[str, torch.Tensor | str | int | None]:
     """All-reduces rank + 1."""
     dist.init_process_group("gloo")
     total = torch.tensor([float(dist.get_rank() + 1)])
     dist.all_reduce(total)
-    return {"total": total * scale, "threads": os.environ.get("OMP_NUM_THREADS")}
+    return {"total": total * scale, "threads": os.environ.get("OMP_NUM_THREADS"), "hash": hash("a name")}
 
 
 def fail_on_rank_one(pid_dir: str) -> None:
@@ -66,29 +69,38 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_results_of_every_rank_come_back_in_order() -> None:
-    results = run_distributed(2, "tests.dist.test_harness:add_ranks", {"scale": 0.5})
+@EITHER_WAY
+def test_results_of_every_rank_come_back_in_order(fresh: bool) -> None:
+    results = run_distributed(2, "tests.dist.test_harness:add_ranks", {"scale": 0.5}, fresh=fresh)
     assert [result["total"].item() for result in results] == [1.5, 1.5]
     assert [result["threads"] for result in results] == ["1", "1"]
+    assert results[0]["hash"] != results[1]["hash"], "ranks may do things in the same order by luck"
 
 
-def test_failing_rank_is_reported_and_the_others_are_killed(tmp_path: Path) -> None:
+@EITHER_WAY
+def test_failing_rank_is_reported_and_the_others_are_killed(fresh: bool, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(DistributedError, match=r"rank 1 of 2 failed \(exit status 1\)[\s\S]*rank one is out"):
-        run_distributed(2, "tests.dist.test_harness:fail_on_rank_one", {"pid_dir": str(tmp_path)})
+        args = {"pid_dir": str(tmp_path)}
+        run_distributed(2, "tests.dist.test_harness:fail_on_rank_one", args, fresh=fresh)
     assert time.monotonic() - start < 60
     # Rank 0 may be killed while it still imports, before it could write its id.
     _assert_dead(tmp_path, len(list(tmp_path.glob("*.pid"))) or 1)
 
 
-def test_hanging_ranks_are_killed_when_the_time_is_up(tmp_path: Path) -> None:
-    with pytest.raises(DistributedError, match=r"no answer from rank \[0, 1\] of 2 in 12 s[\s\S]*hanging"):
-        run_distributed(2, "tests.dist.test_harness:hang", {"pid_dir": str(tmp_path)}, timeout=12)
+@pytest.mark.parametrize(("fresh", "timeout"), [(False, 3), (True, 12)])
+def test_hanging_ranks_are_killed_when_the_time_is_up(fresh: bool, timeout: int, tmp_path: Path) -> None:
+    said = rf"no answer from rank \[0, 1\] of 2 in {timeout} s[\s\S]*hanging"
+    with pytest.raises(DistributedError, match=said):
+        args = {"pid_dir": str(tmp_path)}
+        run_distributed(2, "tests.dist.test_harness:hang", args, timeout, fresh)
     _assert_dead(tmp_path, 2)
 
 
-def test_children_that_outlive_their_rank_are_killed(tmp_path: Path) -> None:
-    (pid,) = run_distributed(1, "tests.dist.test_harness:leave_a_child", {"pid_dir": str(tmp_path)})
+@EITHER_WAY
+def test_children_that_outlive_their_rank_are_killed(fresh: bool, tmp_path: Path) -> None:
+    args = {"pid_dir": str(tmp_path)}
+    (pid,) = run_distributed(1, "tests.dist.test_harness:leave_a_child", args, fresh=fresh)
     assert pid > 0
     _assert_dead(tmp_path, 1)
 
@@ -96,3 +108,26 @@ def test_children_that_outlive_their_rank_are_killed(tmp_path: Path) -> None:
 def test_unknown_function_is_an_error() -> None:
     with pytest.raises(DistributedError, match="no_such_function"):
         run_distributed(1, "tests.dist.test_harness:no_such_function")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_fork_outlives_the_tests(number: signal.Signals, tmp_path: Path) -> None:
+    """Nor what it started, nor the interpreter that it came from."""
+    code = (
+        "import os, sys; from tests.dist.harness import Path, forks\n"
+        "environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'RANK': '0'}\n"
+        f"args, log = [{str(tmp_path)!r}], Path({str(tmp_path / 'log')!r})\n"
+        "forks.start(0, 'tests.dist.test_harness:leave_a_child', args, environment, log)\n"
+        "fork = forks.start(0, 'tests.dist.test_harness:hang', args, environment, log)\n"
+        f"Path({str(tmp_path)!r}, f'{{forks._interpreters[0]._process.pid}}.pid').touch(); fork.wait()\n"
+    )
+    tests = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.pid"))) < 3:
+        assert time.monotonic() < deadline and tests.poll() is None
+        time.sleep(0.05)
+    tests.send_signal(number)
+    tests.wait(30)
+    _assert_dead(tmp_path, 3)

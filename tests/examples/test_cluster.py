@@ -32,7 +32,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path, t
     """Run directory of two processes that torchrun started."""
     folder = tmp_path_factory.mktemp("straight")
     recipe = write_recipe(folder, dataset_dir, tokenizer_dir)
-    assert run(recipe, folder / "log", processes=2) == 0, (folder / "log").read_text()
+    assert run(recipe, folder / "log", processes=2, fresh=True) == 0, (folder / "log").read_text()
     return folder / "run"
 
 
@@ -174,7 +174,7 @@ def test_one_rank_is_told_and_all_stop(
 ) -> None:
     """SIGTERM to rank 1 alone: both ranks end after the same step, with one checkpoint."""
     recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
-    process = start(recipe, tmp_path / "log", "--checkpoint.interval=0", processes=2)
+    process = start(recipe, tmp_path / "log", "--checkpoint.interval=0", processes=2, fresh=True)
     try:
         wait_for_step(tmp_path / "run", 3, process)
         ranks = [child for child in psutil.Process(process.pid).children() if child.environ()["RANK"] == "1"]
@@ -184,13 +184,15 @@ def test_one_rank_is_told_and_all_stop(
         kill(process)
     assert "SIGTERM: stopped after step" in (tmp_path / "run" / "log.txt").read_text()
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
-    assert run(recipe, tmp_path / "log", processes=2) == 0, (tmp_path / "log").read_text()
+    assert run(recipe, tmp_path / "log", processes=2, fresh=True) == 0, (tmp_path / "log").read_text()
     assert_same_end(uninterrupted, tmp_path / "run")
 
 
 def test_one_process_says_that_it_was_stopped(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
     recipe = write_recipe(tmp_path, dataset_dir, tokenizer_dir)
-    process = start(recipe, tmp_path / "log", "--training.steps=100000", "--checkpoint.interval=0")
+    process = start(
+        recipe, tmp_path / "log", "--training.steps=100000", "--checkpoint.interval=0", fresh=True
+    )
     try:
         wait_for_step(tmp_path / "run", 2, process)
         process.terminate()

@@ -151,7 +151,14 @@ def test_these_are_all_systems() -> None:
         assert {path.stem for path in (ROOT / "examples" / system).glob("*.yaml")} == set(stages)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+# InfiMM on Vicuna differs from that on LLaMA 2 in the chat template alone, which is also that of llava15_13b.
+@pytest.mark.parametrize(
+    "system",
+    [
+        pytest.param(system, marks=pytest.mark.slow if system == "infimm_vicuna_13b" else ())
+        for system in SYSTEMS
+    ],
+)
 def test_stages_hand_over(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     make = [sys.executable, str(ROOT / "examples/tiny/make.py"), system]

@@ -83,7 +83,8 @@ def assert_independent_of_threads(
 
 compiled = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
-    pytest.mark.parametrize("arch", ["80", "90a"]),
+    # no kernel asks which it is compiled for; these take longest
+    pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90a"]),
     pytest.mark.timeout(600),
 ]
 

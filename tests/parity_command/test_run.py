@@ -17,7 +17,9 @@ import pytest
 from megamm.cli import entry as cli
 from megamm.parity.compare import Run
 from megamm.parity.layouts import parse_layouts
+from megamm.parity.processes import run_processes
 from megamm.parity.run import Plan, Result, make_plan, run_layout, run_reference
+from tests.dist.harness import fork_rank
 from tests.dist.test_harness import _alive, _assert_dead
 from tests.dist.tiny import tiny_recipe
 
@@ -32,6 +34,12 @@ TIMEOUT = 120.0
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The started processes import the workers of these tests."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forks of an interpreter that has imported everything."""
+    monkeypatch.setattr("megamm.parity.run.run_processes", functools.partial(run_processes, start=fork_rank))
 
 
 @functools.cache
@@ -63,6 +71,7 @@ def test_the_quick_start_passes_in_two_layouts(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_cross_attention_passes_packed_frozen_and_recomputed(capsys: pytest.CaptureFixture[str]) -> None:
     layouts = "tp2sp,dp2,tp2pp2sp"
     overrides = ["data.pack=true", "training.freeze=[language]", "training.recompute.language=full"]
@@ -77,6 +86,7 @@ def test_cross_attention_passes_packed_frozen_and_recomputed(capsys: pytest.Capt
     ]
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_gradient_that_is_wrong_behind_right_outputs() -> None:
     found = sabotaged("cross_attention", "tp2sp", "unmarked").comparison
     assert found is not None and found.loss <= TOLERANCE and found.first is not None
@@ -85,6 +95,7 @@ def test_a_gradient_that_is_wrong_behind_right_outputs() -> None:
     assert found.gradients["output"].value > 0.01 and found.gradients["vision"].value <= TOLERANCE
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_encoder_gradient_that_is_not_shared() -> None:
     found = sabotaged("merged", "tp2", "unshared").comparison
     assert found is not None and found.first is not None
@@ -92,6 +103,7 @@ def test_an_encoder_gradient_that_is_not_shared() -> None:
     assert {group for group, found in found.gradients.items() if found.value > TOLERANCE} == {"vision"}
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("layout", "worker", "module", "place"),
     [

@@ -163,12 +163,12 @@ def test_thousands_of_ranks_are_planned_in_seconds() -> None:
         "from megamm.recipe import load_recipe\n"
         "from megamm.planning.memory import memory_of_stage\n"
         f"recipe = load_recipe({str(recipe)!r})\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "p = recipe.parallel\n"
         "world = 8 * p.tensor * p.pipeline * p.context\n"
         "found = [memory_of_stage(recipe, world, i % p.pipeline).total for i in range(1000)]\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
     )
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

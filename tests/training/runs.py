@@ -14,8 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from megamm.cli import main
 from megamm.engine.manifest import list_checkpoints
+from megamm.parity.processes import free_port, torchrun_environment
 from megamm.training.metrics import read_metrics
+from tests import forks
 from tests.data.helpers import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,30 +74,84 @@ def write_recipe(folder: Path, dataset: Path, tokenizer: Path, assembly: str = "
     return path
 
 
-def start(recipe: Path, log: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[bytes]:
-    """Start `megamm train`, with torchrun for several processes; output goes to `log`."""
+class Ranks:
+    """Forks that find each other through torchrun's environment, and end together."""
+
+    def __init__(self, count: int, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._forks: list[forks.Fork] = []
+        forks.warm(count)
+        port = str(free_port())
+        for rank in range(count):
+            place = torchrun_environment(rank, count, port)
+            self._forks.append(forks.start(rank, MEGAMM, arguments, {**environment, **place}, log))
+
+    def poll(self) -> int | None:
+        """0 when all have ended well, the exit status of one that has not, or None while they run."""
+        states = [fork.poll() for fork in self._forks]
+        if failed := next((state for state in states if state), None):
+            self.kill()
+            return failed
+        return None if None in states else 0
+
+    def wait(self, timeout: float) -> int:
+        """What `poll` says once they have ended."""
+        deadline = time.monotonic() + timeout
+        while (state := self.poll()) is None:
+            assert time.monotonic() < deadline, "the ranks did not end in time"
+            time.sleep(0.02)
+        return state
+
+    def kill(self) -> None:
+        """SIGKILL for all."""
+        for fork in self._forks:
+            kill(fork)
+
+
+Process = subprocess.Popen[bytes] | forks.Fork | Ranks
+MEGAMM = "tests.training.runs:megamm"
+
+
+def start(recipe: Path, log: Path, *overrides: str, processes: int = 1, fresh: bool = False) -> Process:
+    """Start `megamm train`; output goes to `log`. `fresh`: as a user does it, with Python, or
+    torchrun for several processes. Otherwise as forks, where they are possible."""
+    arguments = ["train", str(recipe), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if forks.possible(environment) and not fresh:
+        if processes > 1:
+            return Ranks(processes, arguments, environment, log)
+        return forks.start(0, MEGAMM, arguments, environment, log)
     launcher = ["-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, *launcher, "megamm", "train", str(recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, "megamm", *arguments]
     with log.open("ab") as stream:
         return subprocess.Popen(
             command, stdout=stream, stderr=stream, env=environment, cwd=ROOT, start_new_session=True
         )
 
 
-def run(recipe: Path, log: Path, *overrides: str, processes: int = 1, timeout: float = 150) -> int:
+def megamm(*arguments: str) -> int:
+    """What `megamm` does in a process of its own."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["megamm", *arguments]
+    return main()
+
+
+def run(
+    recipe: Path, log: Path, *overrides: str, processes: int = 1, timeout: float = 150, fresh: bool = False
+) -> int:
     """Run to the end; returns the exit code."""
-    process = start(recipe, log, *overrides, processes=processes)
+    process = start(recipe, log, *overrides, processes=processes, fresh=fresh)
     try:
         return process.wait(timeout)
     finally:
         kill(process)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Process) -> None:
     """SIGKILL for the process and all it started (torchrun's workers lead sessions of their own)."""
+    if isinstance(process, Ranks):
+        return process.kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,7 +159,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes], timeout: float = 150) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Process, timeout: float = 150) -> None:
     """Wait until the run has logged `step`."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -56,7 +56,7 @@ def test_kill_under_tensor_parallelism(tmp_path: Path, dataset_dir: Path, tokeni
         recipes.append(write_recipe(folder, dataset_dir, tokenizer_dir, "cross_attention"))
     layout = "--parallel.tensor=2"
     assert run(recipes[0], tmp_path / "log", layout, processes=2) == 0, (tmp_path / "log").read_text()
-    process = start(recipes[1], tmp_path / "log", layout, processes=2)
+    process = start(recipes[1], tmp_path / "log", layout, processes=2, fresh=True)
     try:
         wait_for_step(folders[1] / "run", random.SystemRandom().randint(3, STEPS - 1), process)
     finally:
