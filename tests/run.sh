@@ -27,7 +27,7 @@ case $set_name in
 esac
 
 # Files go to workers of their own, but for tests that share a GPU or wait for what they break.
-workers=$(nproc)
+workers=$(env --unset=OMP_NUM_THREADS nproc) # which nproc takes for a limit
 ((workers <= 4)) || workers=4
 case $set_name in
   fast | slow) parallel=(-n "$workers" --dist loadfile) ;;

@@ -59,7 +59,7 @@ toolkit=$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 
 if [ -z "${MAX_JOBS-}" ]; then
   by_memory=$(awk '/MemTotal/ { print int($2 / 8388608) }' /proc/meminfo)
-  cores=$(nproc)
+  cores=$(env --unset=OMP_NUM_THREADS nproc) # which nproc takes for a limit
   MAX_JOBS=$((by_memory < cores ? by_memory : cores))
 fi
 export MAX_JOBS=$((MAX_JOBS > 0 ? MAX_JOBS : 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,21 @@ class Plan:
     lines: list[str]
 
 
+def start_of(recipe: Recipe) -> Path:
+    """The checkpoint that `training.init_from` names.
+
+    Raises:
+        InputError: there is none.
+    """
+    assert recipe.training.init_from is not None
+    try:
+        return resolve(recipe.training.init_from)
+    except InputError as error:
+        raise InputError(
+            f"training.init_from: {error}; the stage that writes it comes before this one"
+        ) from None
+
+
 def hand_over(
     recipe: Recipe,
     models: list[Any],
@@ -82,14 +98,7 @@ def hand_over(
     Raises:
         InputError: the checkpoint is damaged, or does not fit; with everything that does not.
     """
-    assert recipe.training.init_from is not None
-    try:
-        checkpoint = resolve(recipe.training.init_from)
-    except InputError as error:
-        raise InputError(
-            f"training.init_from: {error}; the stage that writes it comes before this one"
-        ) from None
-    stage = handover.open_stage(checkpoint)
+    stage = handover.open_stage(start_of(recipe))
     words = tokenizer_directory(stage.path)
     old_tokenizer = Tokenizer.load(words) if words.is_dir() else None
     plan = plan_handover(stage, recipe, handover.wanted_by(models, groups), old_tokenizer, tokenizer)

@@ -13,7 +13,7 @@ from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
 from megamm.device import choose_backend, distributed_backend, pick_device, require_fp8, seed_everything
 from megamm.engine import groups
-from megamm.engine.checkpoint import Checkpoints, Progress, resolve
+from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.groups import Groups
 from megamm.engine.manifest import list_checkpoints
 from megamm.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -23,7 +23,7 @@ from megamm.errors import InputError
 from megamm.models.initialization import weight_drawer
 from megamm.models.vlm import build_model
 from megamm.recipe import validate_world
-from megamm.training.handover import hand_over
+from megamm.training.handover import hand_over, start_of
 from megamm.training.preflight import preflight
 
 Report = Callable[[str], None]
@@ -124,7 +124,7 @@ def _look_for_start(recipe: Recipe) -> None:
     """
     begins = not list_checkpoints(Path(recipe.run_dir) / "checkpoints")
     if recipe.training.init_from and begins:
-        resolve(recipe.training.init_from)
+        start_of(recipe)
 
 
 def _load_weights(session: Session, report: Report) -> None:

@@ -103,6 +103,7 @@ def resumed_steps(pipeline: int, freeze: list[str]) -> dict[str, Any]:
     checkpoints.wait()
     again = Run(tiny_recipe("cross_attention", settings))
     again.checkpoints(directory).load_newest()
+    again.schedule.step(2)  # rates are the schedule's, not the checkpoint's
     after = _step_counts(again.optimizer)
     curves = [[run.step(step) for step in (2, 3)] for run in (run_, again)]
     groups.shutdown()

@@ -101,7 +101,7 @@ def test_samples_that_are_cut_are_counted(tmp_path: Path, dataset_dir: Path, tok
         (["--parallel.tensor=3"], 1, ["parallel.tensor", "3"]),
         (["--parallel.tensor=2"], 1, ["parallel.tensor"]),
         (["--data.train=/nowhere"], 2, ["/nowhere"]),
-        (["--training.init_from=/nowhere"], 1, ["/nowhere: no checkpoint here"]),
+        (["--training.init_from=/nowhere"], 1, ["training.init_from: /nowhere: no checkpoint here"]),
         (["--model.language.vocab_size=100"], 1, ["model.language.vocab_size", "tokenizer"]),
     ],
 )

@@ -204,7 +204,7 @@ def test_a_full_disk_stops_no_training(make: Callable[..., Recipe], monkeypatch:
     ("override", "message"),
     [
         ("validation.data=/nowhere", "/nowhere"),
-        ("validation.questions=/nowhere.json", r"validation\.questions: /nowhere\.json is not a file"),
+        ("validation.questions=/nowhere.json", r"validation\.questions: /nowhere\.json does not exist"),
     ],
 )
 def test_missing_files_stop_the_run_before_it_starts(
