@@ -269,7 +269,7 @@ def _te_core_libraries(package: Path) -> list[Path]:
 
 
 def _flash_attn_status() -> BackendStatus:
-    remedy = "pip install 'megamm[gpu]'; without it torch's scaled_dot_product_attention is used"
+    remedy = "tools/install_gpu.sh; without it torch's scaled_dot_product_attention is used"
     if importlib.util.find_spec("flash_attn") is None:
         return BackendStatus(False, "flash-attn is not installed", remedy)
     if not torch.cuda.is_available():

@@ -49,7 +49,9 @@ def add_parsers(commands: Any) -> None:
         metavar="N",
         help="how many (default: hardware.gpus, or one copy of the model)",
     )
-    parser.add_argument("--gpu", metavar="NAME", help="which kind (default: hardware.gpu of the recipe)")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="which kind: a100, h100, h200, a100-40gb, ... (default: hardware.gpu)"
+    )
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="layouts to propose (default 5)")
     parser.add_argument(
         "--images",

@@ -63,20 +63,23 @@ class Gpu:
 
 
 def gpu_names() -> list[str]:
-    """Names that `gpu_by_name` takes."""
+    """Names of the GPUs; `gpu_by_name` takes short ones, too."""
     return list(_table()["gpus"])
 
 
 def gpu_by_name(name: str) -> Gpu:
-    """A GPU of the preset file.
+    """A GPU of the preset file; "h100" is the usual one of that kind.
 
     Raises:
         InputError: there is none of that name.
     """
-    gpus = _table()["gpus"]
-    if name not in gpus:
-        raise InputError(f"hardware.gpu: {name!r} is not known; there are {', '.join(gpus)}")
-    g = gpus[name]
+    gpus, short = _table()["gpus"], _table()["short_names"]
+    full = short.get(name.lower(), name.lower())
+    if full not in gpus:
+        raise InputError(
+            f"hardware.gpu: {name!r} is not known; there are {', '.join(gpus)}, in short {', '.join(short)}"
+        )
+    g = gpus[full]
     return Gpu(
         name=g["name"],
         memory_bytes=int(g["memory_gib"] * 2**30),
