@@ -288,3 +288,17 @@ def _version(module: str) -> str:
 def device_name(device: torch.device) -> str:
     """What the device calls itself ("NVIDIA H100 80GB HBM3"), "cpu" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def product_seconds(device: torch.device) -> float | None:
+    """Seconds that a GPU takes for a matrix product of a fixed size, to be compared with other GPUs of the
+    run; None on a CPU, whose cores other ranks share. Waits for what the GPU has to do before."""
+    if device.type != "cuda":
+        return None
+    factor = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.mm(factor, factor)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

@@ -23,3 +23,9 @@ class RunError(MegammError):
     """A run that was asked for correctly but failed (diverged, disk full, ...). Exit code 1."""
 
     exit_code = 1
+
+
+class RankLost(RunError):
+    """A process of the run was lost or hangs; started again, the run goes on. Exit code 69."""
+
+    exit_code = 69

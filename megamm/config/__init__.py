@@ -19,6 +19,7 @@ from megamm.config.model import (
 )
 from megamm.config.parts import EMBEDDING, LATENTS, OUTPUT, POSITIONS, compared_values, part_of
 from megamm.config.stage import (
+    AnomaliesConfig,
     CheckpointConfig,
     Fp8Config,
     HardwareConfig,
@@ -34,6 +35,7 @@ from megamm.config.stage import (
     TrainingConfig,
     UnfreezeConfig,
     ValidationConfig,
+    WatchdogConfig,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "OUTPUT",
     "POSITIONS",
     "UNCOMPARED_KEYS",
+    "AnomaliesConfig",
     "CheckpointConfig",
     "ConnectorConfig",
     "CrossAttentionConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "UnfreezeConfig",
     "ValidationConfig",
     "VisionConfig",
+    "WatchdogConfig",
     "compared_values",
     "part_of",
 ]

@@ -262,6 +262,51 @@ class HardwareConfig:
 
 
 @dataclass
+class AnomaliesConfig:
+    """What becomes of a step whose loss or gradient is no number, or whose loss jumps. All ranks leave out
+    the same update; weights, moments and step counts of the optimizer stay as they are bit by bit, and the
+    step counts as one in the schedule and in the data.
+
+    Attributes:
+        non_finite: "skip" leaves out updates from a loss or a gradient that is NaN or infinite; "stop" ends
+            the run at the first.
+        spike_factor: leaves out an update whose loss is so many times the median of those before it, of the
+            same group of sources; 0: none.
+        spike_window: of how many updates the median is taken; there are no spikes before so many.
+        in_a_row: so many updates left out in a row send the run back to the checkpoint before them, from
+            which it goes on with the data behind them.
+        max_rollbacks: how often in a stage; the next time ends the run.
+    """
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    spike_factor: float = 0.0
+    spike_window: int = 32
+    in_a_row: int = 5
+    max_rollbacks: int = 2
+
+
+@dataclass
+class WatchdogConfig:
+    """How ranks that hang or are slow are found. A run with a rank that hangs ends with exit code 69, after
+    the stacks of all ranks were written to RUN_DIR/hangs.
+
+    Attributes:
+        enabled: look at all.
+        silent_s: a process that gives no sign of life for so long is stopped, gone or stuck outside Python.
+        stuck_s: one that lives and gets no further for so long hangs; null: 20 times the longest of the last
+            steps, at least 60 seconds, within a step, and parallel.timeout_s around it (data, checkpoints,
+            validation).
+        slow_factor: a rank is reported as slow if it works so many times as long as others in its place, and
+            they wait for it half of the time; 0: never.
+    """
+
+    enabled: bool = True
+    silent_s: float = 30.0
+    stuck_s: Optional[float] = None
+    slow_factor: float = 3.0
+
+
+@dataclass
 class LogConfig:
     """What the run reports.
 
@@ -307,5 +352,7 @@ class Recipe:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    anomalies: AnomaliesConfig = field(default_factory=AnomaliesConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

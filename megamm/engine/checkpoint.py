@@ -111,16 +111,26 @@ class Checkpoints:
         self._was_validated = False
         self._link_failure: str | None = None
 
-    def load_newest(self) -> Progress | None:
-        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`."""
+    def load_newest(self, newest: int | None = None) -> Progress | None:
+        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`.
+
+        Args:
+            newest: leave out those of later steps; None: look at all.
+        """
         found = load_newest(
-            self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report
+            self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report, newest
         )
         if found is None:
             return None
         weights = frozen_weights.find_frozen(model_state(self._models, self._groups))
         self._frozen_files = frozen_weights.loaded_files(found.path, found.manifest.files, weights)
         return found.manifest.progress
+
+    def remove_newer(self, step: int) -> None:
+        """Delete the checkpoints of later steps, for a run that has gone back to `step`."""
+        on_rank_0(
+            lambda: manifests.remove_newer(self.directory, step), f"{self.directory}: cannot be changed"
+        )
 
     # --- saving ---------------------------------------------------------------------------------------
 
@@ -287,6 +297,7 @@ class Checkpoints:
             files=_all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
             data_position=pending.progress.data_position,
             data_sources=pending.progress.data_sources,
+            anomalies=pending.progress.anomalies,
         )
 
 

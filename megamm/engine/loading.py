@@ -40,6 +40,7 @@ def load_newest(
     recipe: Recipe,
     groups: Groups,
     report: Callable[[str], None],
+    newest: int | None = None,
 ) -> Loaded | None:
     """Load the newest checkpoint whose every byte is as it was written (collective).
 
@@ -50,13 +51,14 @@ def load_newest(
             recipe other than the checkpoint's is reported.
         groups: process groups.
         report: takes one line per damaged checkpoint.
+        newest: leave out those of later steps; None: look at all.
     Returns:
         The checkpoint; None if there is none at all.
     Raises:
         InputError: checkpoints exist, but none is good (never silently starts from step 0), or the newest
             good one was trained with other frozen parts.
     """
-    candidates = gather(manifests.list_checkpoints(directory))[0]  # rank 0's view decides
+    candidates = gather(manifests.list_checkpoints(directory, newest))[0]  # rank 0's view decides
     damage: list[str] = []
     for checkpoint in candidates:
         try:

@@ -34,12 +34,14 @@ class Progress:
 
     Attributes:
         data_position, data_sources: see Manifest; nothing where only the number of samples is known.
+        anomalies: see Manifest.
     """
 
     step: int = 0
     consumed_samples: int = 0
     data_position: list[int] = field(default_factory=list)
     data_sources: list[dict[str, Any]] = field(default_factory=list)
+    anomalies: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Manifest:
         data_position: of them, those of each group of sources that share their steps; where the data stream
             goes on. Older checkpoints, of one group, have none.
         data_sources: what the groups consist of, as the data path describes it.
+        anomalies: updates left out so far, as the training loop counts them.
         layout: parallel sizes it was saved with (any other can load it).
         recipe_sha256: of the recipe it was trained with.
         has_optimizer: whether training can go on from it.
@@ -74,12 +77,15 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     data_position: list[int] = field(default_factory=list)
     data_sources: list[dict[str, Any]] = field(default_factory=list)
+    anomalies: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
     def progress(self) -> Progress:
         """Where training goes on."""
-        return Progress(self.step, self.consumed_samples, self.data_position, self.data_sources)
+        return Progress(
+            self.step, self.consumed_samples, self.data_position, self.data_sources, self.anomalies
+        )
 
     def to_json(self) -> str:
         content = asdict(self)
@@ -95,12 +101,18 @@ def step_directory(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Committed checkpoints below a `checkpoints` directory, newest first (not verified)."""
+def list_checkpoints(directory: Path, newest: int | None = None) -> list[Path]:
+    """Committed checkpoints below a `checkpoints` directory, newest first (not verified).
+
+    Args:
+        newest: leave out those of later steps; None: all.
+    """
     if not directory.is_dir():
         return []
     found = [p for p in directory.iterdir() if _STEP_DIRECTORY.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    steps = {p: int(p.name[5:]) for p in found}
+    wanted = [p for p in found if newest is None or steps[p] <= newest]
+    return sorted(wanted, key=steps.__getitem__, reverse=True)
 
 
 def resolve(path: str | Path) -> Path:
@@ -261,3 +273,11 @@ def remove_old(directory: Path, keep: int) -> list[Path]:
         (checkpoint / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
     return old
+
+
+def remove_newer(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`."""
+    for checkpoint in list_checkpoints(directory):
+        if int(checkpoint.name[5:]) > step:
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -10,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamm.config import OptimizerConfig, Recipe
@@ -71,6 +74,37 @@ def build_optimizer(
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     return optimizer
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, clip_grad: float, approve: Callable[[float], bool]) -> float:
+    """One update from the gradients in the models' buffers, unless `approve` forbids it (collective).
+
+    What megatron's `step` does, with a decision between the norm and the first change: an update that is left
+    out leaves weights, moments and step counts as they are bit by bit.
+
+    Args:
+        clip_grad: largest norm; 0: any.
+        approve: is given the norm before clipping; says the same on every rank.
+    Returns:
+        The norm before clipping.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not approve(grad_norm):
+        return grad_norm
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    parameters = [parameter for one in chained for parameter in one.get_parameters()]
+    if clip_grad > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
+
+
+def set_schedule(schedule: OptimizerParamScheduler, step: int) -> None:
+    """Bring rates and decay to where they are after `step` steps of the stage, from wherever they are."""
+    schedule.num_steps = 0
+    schedule.step(step)
 
 
 def build_schedule(

@@ -22,6 +22,9 @@ POSITIVE_KEYS = [
     "parallel.context",
     "parallel.timeout_s",
     "checkpoint.keep",
+    "anomalies.spike_window",
+    "anomalies.in_a_row",
+    "watchdog.silent_s",
     "log.interval",
     "log.loss_half_life",
     "validation.batches",
@@ -56,6 +59,7 @@ OPTIONAL_POSITIVE_KEYS = [
     "parallel.virtual_pipeline",
     "training.recompute.layers",
     "hardware.gpus",
+    "watchdog.stuck_s",
 ]
 NOT_NEGATIVE_KEYS = [
     "seed",
@@ -68,6 +72,7 @@ NOT_NEGATIVE_KEYS = [
     "model.lora.rank",
     "checkpoint.interval",
     "validation.interval",
+    "anomalies.max_rollbacks",
     "training.fp8.margin",
     "training.fp8.bf16_layers_at_start",
     "training.fp8.bf16_layers_at_end",
@@ -97,6 +102,9 @@ def _shares(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: {value_of(recipe, key)} is outside [0, 1); AdamW's usual values are 0.9 and 0.95"
     if not 0 <= recipe.data.max_bad_images <= 1:
         yield f"data.max_bad_images: {recipe.data.max_bad_images} is not a share; give 0 to 1"
+    for key in ("anomalies.spike_factor", "watchdog.slow_factor"):
+        if value_of(recipe, key) != 0 and value_of(recipe, key) <= 1:
+            yield f"{key}: {value_of(recipe, key):g} is met all the time; give more than 1, or 0 for none"
     if not 0 < image.random_crop_scale <= 1:
         yield f"data.image.random_crop_scale: {image.random_crop_scale} is not in (0, 1]; 1.0 switches it off"
     for key in ("data.image.mean", "data.image.std"):

@@ -38,6 +38,8 @@ class BatchFeed:
             With data.pack, steps differ in how many they use.
         sources: what the groups consist of (`Blend.contents`).
         sequence_length: S of the last step's rows.
+        group: number of the group of sources that the last step was taken from.
+        sample_ids: of each micro-batch of the last step, on ranks that read; none elsewhere.
         description: lines for the log, on rank 0: what is trained on, and what the user should know of where
             the run stands.
         seconds_waited: for data, during the last step.
@@ -56,6 +58,7 @@ class BatchFeed:
         """
         self.recipe, self.groups = recipe, groups
         self.seconds_waited, self.sequence_length = 0.0, recipe.data.sequence_length
+        self.group, self.sample_ids = 0, list[list[int]]()
         self.num_micro_batches = recipe.training.global_batch_size // (
             recipe.training.micro_batch_size * groups.dp_size
         )
@@ -109,7 +112,12 @@ class BatchFeed:
                 batches = [next(self._loader) for _ in batches]
             except Exception as caught:
                 error = caught
-        self.position = self._agree(error)
+        before, self.position = self.position, self._agree(error)
+        moved = [
+            number for number, pair in enumerate(zip(before, self.position, strict=True)) if len({*pair}) > 1
+        ]
+        self.group = moved[0] if moved else 0
+        self.sample_ids = [batch.sample_ids.tolist() for batch in batches if batch is not None]
         self.seconds_waited = time.perf_counter() - started
         if self.groups.tp_size * self.groups.pp_size == 1:
             mine = [batch.to(self.groups.device) for batch in batches if batch is not None]

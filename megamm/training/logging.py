@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from megamm.config import Recipe
 from megamm.errors import InputError
@@ -115,18 +115,11 @@ class RunLogger:
         self._recipe, self._total_steps, self._world_size = recipe, total_steps, world_size
         self._peak = peak_flops(device_name, recipe.training.precision)
         self._window: list[StepStats] = []
-        run_dir = Path(run_dir)
+        self._run_dir = run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        metrics, self.validation_path = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
-        for path in (metrics, self.validation_path):
-            drop_rows_after(path, start_step)
-        self._smoothed, self.skipped_samples = SmoothedLoss(recipe.log.loss_half_life), 0
-        for row in read_metrics(metrics):  # the average goes on as if there had been no interruption
-            self._smoothed.add(row.get("loss"))
-            self.skipped_samples = row.get("skipped_samples", 0)
-        self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
+        self.validation_path = run_dir / "validation.jsonl"
+        self._metrics, self._board = self._open(start_step)
         self._text = (run_dir / "log.txt").open("a", encoding="utf-8", buffering=1)
-        self._board = _board(run_dir / "tensorboard", start_step) if recipe.log.tensorboard else None
         self._console = Console(recipe.name, total_steps, start_step)
         self._wandb: WandbRun | None = None
         if recipe.log.wandb is not None:
@@ -137,6 +130,26 @@ class RunLogger:
                 raise
         for warning in validate(recipe):
             self.event(f"warning: {warning}")
+
+    def _open(self, step: int) -> tuple[TextIO, Any]:
+        """metrics.jsonl and TensorBoard behind the rows of `step`."""
+        metrics = self._run_dir / "metrics.jsonl"
+        for path in (metrics, self.validation_path):
+            drop_rows_after(path, step)
+        self._smoothed, self.skipped_samples = SmoothedLoss(self._recipe.log.loss_half_life), 0
+        for row in read_metrics(metrics):  # the average goes on as if there had been no interruption
+            self._smoothed.add(row.get("loss"))
+            self.skipped_samples = row.get("skipped_samples", 0)
+        board = _board(self._run_dir / "tensorboard", step) if self._recipe.log.tensorboard else None
+        return metrics.open("a", encoding="utf-8", buffering=1), board
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: what is logged for later steps goes."""
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+        self._window = []
+        self._metrics, self._board = self._open(step)
 
     def step(self, stats: StepStats) -> None:
         """Record a step; every `log.interval` steps, and after the last, a line is printed."""

@@ -76,13 +76,14 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def build_session(recipe: Recipe, report: Report) -> Session:
+def build_session(recipe: Recipe, report: Report, joined: Callable[[Groups], object]) -> Session:
     """Join the other ranks, build the model in the recipe's layout, give it its weights (random, from
     `training.init_from`, or from the run's newest checkpoint).
 
     Args:
         recipe: validated.
         report: takes lines for the log.
+        joined: is called as soon as the ranks have found each other.
     """
     validate_world(recipe, groups.world_size())
     device = pick_device(recipe.training.device)
@@ -92,6 +93,7 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     require_fp8(recipe.training.fp8.scaling, backend_name, device)
     seed_everything(recipe.seed)
     layout = groups.initialize(recipe.parallel, device, distributed_backend(device))
+    joined(layout)
     preflight(recipe, layout, tokenizer, report)
     models = build_model(recipe, layout, backend_name, tokenizer.image_id)
     initialize(models, weight_drawer(recipe.model, recipe.seed))

@@ -40,14 +40,15 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def agreed(self) -> str | None:
-        """The name of a signal that any rank has received, the same on every rank (collective); or None."""
-        number = self._received
+    def agreed(self, objection: int = 0) -> tuple[str | None, int]:
+        """What the ranks agree on before an update, the same on every rank (collective): the name of a signal
+        that any of them has received, or None; and the greatest of their objections to the update."""
+        numbers = [self._received, objection]
         if dist.get_world_size() > 1:
-            message = torch.tensor(number, device=self._device)
+            message = torch.tensor(numbers, device=self._device)
             dist.all_reduce(message, dist.ReduceOp.MAX)
-            number = int(message)
-        return signal.Signals(number).name if number else None
+            numbers = message.tolist()
+        return signal.Signals(numbers[0]).name if numbers[0] else None, numbers[1]
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = number

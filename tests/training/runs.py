@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -23,6 +24,7 @@ from tests.data.helpers import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
+MEGAMM = "tests.training.runs:megamm"
 
 
 def write_recipe(folder: Path, dataset: Path, tokenizer: Path, assembly: str = "merged") -> Path:
@@ -77,13 +79,20 @@ def write_recipe(folder: Path, dataset: Path, tokenizer: Path, assembly: str = "
 class Ranks:
     """Forks that find each other through torchrun's environment, and end together."""
 
-    def __init__(self, count: int, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, count: int, target: str, arguments: list[str], environment: dict[str, str], log: Path
+    ) -> None:
         self._forks: list[forks.Fork] = []
         forks.warm(count)
         port = str(free_port())
         for rank in range(count):
             place = torchrun_environment(rank, count, port)
-            self._forks.append(forks.start(rank, MEGAMM, arguments, {**environment, **place}, log))
+            self._forks.append(forks.start(rank, target, arguments, {**environment, **place}, log))
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes, by rank."""
+        return [fork.pid for fork in self._forks]
 
     def poll(self) -> int | None:
         """0 when all have ended well, the exit status of one that has not, or None while they run."""
@@ -108,18 +117,31 @@ class Ranks:
 
 
 Process = subprocess.Popen[bytes] | forks.Fork | Ranks
-MEGAMM = "tests.training.runs:megamm"
 
 
-def start(recipe: Path, log: Path, *overrides: str, processes: int = 1, fresh: bool = False) -> Process:
-    """Start `megamm train`; output goes to `log`. `fresh`: as a user does it, with Python, or
-    torchrun for several processes. Otherwise as forks, where they are possible."""
+def start(
+    recipe: Path,
+    log: Path,
+    *overrides: str,
+    processes: int = 1,
+    fresh: bool = False,
+    target: str = MEGAMM,
+    **more: str,
+) -> Process:
+    """Start `megamm train`; output goes to `log`.
+
+    Args:
+        fresh: as a user does it, with Python, or torchrun for several processes. Otherwise as forks, where
+            they are possible.
+        target: of the forks, "module:function".
+        more: environment variables.
+    """
     arguments = ["train", str(recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
     if forks.possible(environment) and not fresh:
         if processes > 1:
-            return Ranks(processes, arguments, environment, log)
-        return forks.start(0, MEGAMM, arguments, environment, log)
+            return Ranks(processes, target, arguments, environment, log)
+        return forks.start(0, target, arguments, environment, log)
     launcher = ["-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -137,11 +159,9 @@ def megamm(*arguments: str) -> int:
     return main()
 
 
-def run(
-    recipe: Path, log: Path, *overrides: str, processes: int = 1, timeout: float = 150, fresh: bool = False
-) -> int:
-    """Run to the end; returns the exit code."""
-    process = start(recipe, log, *overrides, processes=processes, fresh=fresh)
+def run(recipe: Path, log: Path, *overrides: str, timeout: float = 150, **options: Any) -> int:
+    """Run to the end, with the `options` of `start`; returns the exit code."""
+    process = start(recipe, log, *overrides, **options)
     try:
         return process.wait(timeout)
     finally:
@@ -172,7 +192,12 @@ def wait_for_step(run_dir: Path, step: int, process: Process, timeout: float = 1
 
 def newest_state(run_dir: Path) -> dict[str, torch.Tensor]:
     """Every tensor, weights and optimizer state, of the newest checkpoint."""
-    shards = str(list_checkpoints(run_dir / "checkpoints")[0] / "shards")
+    return state_of(list_checkpoints(run_dir / "checkpoints")[0])
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, weights and optimizer state, of a checkpoint."""
+    shards = str(checkpoint / "shards")
     metadata = dcp.FileSystemReader(shards).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
