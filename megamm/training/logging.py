@@ -7,6 +7,7 @@ log.txt get a line every `log.interval` steps, with rates averaged over those st
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from megamm.config import Recipe
 from megamm.errors import InputError
@@ -22,6 +23,7 @@ from megamm.planning.flops import flops_per_step, hardware_flops_per_step
 from megamm.planning.hardware import peak_flops
 from megamm.recipe import validate
 from megamm.training.console import Console
+from megamm.training.log_files import AppendedFile
 from megamm.training.metrics import SmoothedLoss, drop_rows_after, read_metrics, row_line
 from megamm.training.wandb_run import WandbRun
 
@@ -119,7 +121,7 @@ class RunLogger:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.validation_path = run_dir / "validation.jsonl"
         self._metrics, self._board = self._open(start_step)
-        self._text = (run_dir / "log.txt").open("a", encoding="utf-8", buffering=1)
+        self._text = AppendedFile(run_dir / "log.txt", self._complain)
         self._console = Console(recipe.name, total_steps, start_step)
         self._wandb: WandbRun | None = None
         if recipe.log.wandb is not None:
@@ -131,7 +133,7 @@ class RunLogger:
         for warning in validate(recipe):
             self.event(f"warning: {warning}")
 
-    def _open(self, step: int) -> tuple[TextIO, Any]:
+    def _open(self, step: int) -> tuple[AppendedFile, Any]:
         """metrics.jsonl and TensorBoard behind the rows of `step`."""
         metrics = self._run_dir / "metrics.jsonl"
         for path in (metrics, self.validation_path):
@@ -141,13 +143,12 @@ class RunLogger:
             self._smoothed.add(row.get("loss"))
             self.skipped_samples = row.get("skipped_samples", 0)
         board = _board(self._run_dir / "tensorboard", step) if self._recipe.log.tensorboard else None
-        return metrics.open("a", encoding="utf-8", buffering=1), board
+        return AppendedFile(metrics, self._complain), board
 
     def rewind(self, step: int) -> None:
         """The run has gone back to `step`: what is logged for later steps goes."""
         self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_board()
         self._window = []
         self._metrics, self._board = self._open(step)
 
@@ -165,8 +166,9 @@ class RunLogger:
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Record the mean loss over held-out samples after a step, and how long it took to compute."""
-        with self.validation_path.open("a", encoding="utf-8") as file:
-            file.write(row_line({"step": step, "validation_loss": loss, "seconds": seconds}))
+        file = AppendedFile(self.validation_path, self.event)
+        file.write(row_line({"step": step, "validation_loss": loss, "seconds": seconds}))
+        file.close()
         self._show(step, {"validation/loss": loss})
         self.event(f"step {step}/{self._total_steps} | validation loss {loss:.4f} | {seconds:.1f} s")
 
@@ -185,8 +187,7 @@ class RunLogger:
         if self._wandb is not None:
             self._wandb.close(failed)
         self._console.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_board()
         self._metrics.close()
         self._text.close()
 
@@ -202,10 +203,24 @@ class RunLogger:
         """Give numbers to TensorBoard and Weights & Biases."""
         known = {name: value for name, value in values.items() if value is not None}
         if self._board is not None:
-            for name, value in known.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in known.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:  # of its thread, whose file is then of no more use
+                self._close_board()
+                self.event(f"TensorBoard cannot be written ({error.strerror}); training goes on without it")
         if self._wandb is not None:
             self._wandb.log(step, {name: value for name, value in known.items() if math.isfinite(value)})
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+            self._board = None
+
+    def _complain(self, text: str) -> None:
+        """A line about the files themselves, for the console alone."""
+        self._console.print(text)
 
     def _rates(self, window: list[StepStats]) -> Rates:
         seconds = max(sum(s.seconds for s in window), 1e-9)

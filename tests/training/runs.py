@@ -82,21 +82,21 @@ class Ranks:
     def __init__(
         self, count: int, target: str, arguments: list[str], environment: dict[str, str], log: Path
     ) -> None:
-        self._forks: list[forks.Fork] = []
+        self.forks: list[forks.Fork] = []
         forks.warm(count)
         port = str(free_port())
         for rank in range(count):
             place = torchrun_environment(rank, count, port)
-            self._forks.append(forks.start(rank, target, arguments, {**environment, **place}, log))
+            self.forks.append(forks.start(rank, target, arguments, {**environment, **place}, log))
 
     @property
     def pids(self) -> list[int]:
-        """The processes, by rank."""
-        return [fork.pid for fork in self._forks]
+        """Their numbers, by rank."""
+        return [fork.pid for fork in self.forks]
 
     def poll(self) -> int | None:
         """0 when all have ended well, the exit status of one that has not, or None while they run."""
-        states = [fork.poll() for fork in self._forks]
+        states = [fork.poll() for fork in self.forks]
         if failed := next((state for state in states if state), None):
             self.kill()
             return failed
@@ -112,7 +112,7 @@ class Ranks:
 
     def kill(self) -> None:
         """SIGKILL for all."""
-        for fork in self._forks:
+        for fork in self.forks:
             kill(fork)
 
 

@@ -29,6 +29,7 @@ class Beat:
         code: that it runs. is_waiting: for other ranks.
         whereabouts, stacks: descriptors of its OpenBook.
         has_left: it has nothing more to do.
+        is_exact: it was silent, and this was read from its OpenBook.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class Beat:
     whereabouts: int = -1
     stacks: int = -1
     has_left: bool = False
+    is_exact: bool = False
 
     def heading(self) -> str:
         """All of it in a line for people."""

@@ -102,7 +102,8 @@ def _book_of(beat: Beat) -> tuple[Path, Path]:
 def _at_last(beat: Beat, whereabouts: str, stacks: str) -> Beat:
     step, phase, micro_batch, samples = json.loads(whereabouts.splitlines()[0])
     code = _innermost(stacks) or beat.code
-    return replace(beat, step=step, phase=phase, micro_batch=micro_batch, samples=samples, code=code)
+    place = {"step": step, "phase": phase, "micro_batch": micro_batch, "samples": samples, "code": code}
+    return replace(beat, **place, is_exact=True)
 
 
 def _innermost(stacks: str) -> str | None:

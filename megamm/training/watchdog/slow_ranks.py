@@ -54,8 +54,9 @@ class WorkMeter:
             now = time.monotonic()
             if self._here.phase in STEP_PHASES:
                 self._whole += now - last
-                # a process that was stopped meanwhile has worked, as far as the others are concerned
-                self._working += 0.0 if self._here.is_waiting() else now - last
+                # a process that got no time on its processor was at work, as far as the others are concerned
+                was_held_up = now - last > 2 * INTERVAL_S
+                self._working += now - last if was_held_up or not self._here.is_waiting() else 0.0
             last = now
 
 

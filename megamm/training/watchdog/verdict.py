@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from megamm.training.watchdog.beat import Alarm, Beat
 
 MANY = 16  # samples that a sentence names
 
 
-def judge(alarm: Alarm, last: Mapping[int, Beat], answers: Mapping[int, Beat]) -> tuple[list[int], str]:
-    """The ranks that hang, and the sentence.
+@dataclass(frozen=True)
+class Verdict:
+    """Which ranks hang, in which step, and the sentence that says so."""
+
+    step: int
+    ranks: list[int]
+    sentence: str
+
+
+def judge(alarm: Alarm, last: Mapping[int, Beat], answers: Mapping[int, Beat]) -> Verdict:
+    """Who is to blame.
 
     Args:
         alarm: that was raised.
-        last: the last sign of life of every rank that ever gave one.
+        last: the last sign of life of every rank.
         answers: what the ranks answered to the alarm, which those that hang outside Python did not.
     """
     silent = sorted(rank for rank, beat in last.items() if rank not in answers and not beat.has_left)
     if silent:
-        # what is known of it may be old, but it stopped within the step in which the others wait for it
-        step = max(beat.step for beat in [*answers.values(), *(last[rank] for rank in silent)])
-        told = "; ".join(_silent(last[rank], alarm) for rank in silent)
-        return silent, f"step {step}: {told}{_samples(silent, last, answers)}"
-    hung = sorted(_stuck(answers))
-    told = "; ".join(_stuck_sentence(answers[rank]) for rank in hung)
-    step = min(answers[rank].step for rank in hung)
-    return hung, f"step {step}: {told}{_samples(hung, last, answers)}"
+        first, told = last[silent[0]], [silent_sentence(last[rank], alarm.seconds) for rank in silent]
+        # what is known of it may be old: then it stopped about where the others wait for it
+        step = first.step if first.is_exact else max(beat.step for beat in answers.values())
+    else:
+        silent = sorted(_stuck(answers))
+        told = [_stuck_sentence(answers[rank]) for rank in silent]
+        step = min(answers[rank].step for rank in silent)
+    return Verdict(step, silent, f"step {step}: {'; '.join(told)}{_samples(silent, last, answers)}")
 
 
 def _stuck(answers: Mapping[int, Beat]) -> list[int]:
@@ -38,10 +48,11 @@ def _stuck(answers: Mapping[int, Beat]) -> list[int]:
     return [rank for rank, beat in answers.items() if (beat.step, beat.micro_batch) == behind]
 
 
-def _silent(beat: Beat, alarm: Alarm) -> str:
+def silent_sentence(beat: Beat, seconds: float) -> str:
+    """What there is to say of a rank that gave no sign of life for so long."""
     return (
         f"rank {beat.rank} (process {beat.pid} on {beat.host}) has given no sign of life for "
-        f"{alarm.seconds:.0f} s, last seen in {_place(beat)}"
+        f"{seconds:.0f} s, {'' if beat.is_exact else 'last seen '}in {_place(beat)}"
     )
 
 

@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from megamm.config import Recipe
 from megamm.engine.groups import Groups
+from megamm.engine.ranks import gather
 from megamm.errors import RankLost
 from megamm.training.incidents import record_incident
 from megamm.training.watchdog.beat import Alarm, Beat, Board, host_of_store
-from megamm.training.watchdog.processes import OpenBook, ask, kill, write_own_stacks
-from megamm.training.watchdog.verdict import judge
+from megamm.training.watchdog.processes import PATIENCE_S, OpenBook, ask, kill, write_own_stacks
+from megamm.training.watchdog.verdict import Verdict, judge, silent_sentence
 from megamm.training.watchdog.whereabouts import STEP_PHASES, Whereabouts
 
 INTERVAL_S = 1.0  # between two signs of life
@@ -59,27 +60,32 @@ class Watchdog:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._beat = Beat(self._rank, socket.gethostname(), os.getpid(), groups.model_leader)
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._stuck, self._silent = Awake(), Awake()
-        self._store_silent_since: float | None = None
-        self._store_keeper: Beat | None = None
+        self._threads: list[threading.Thread] = []
+        self._stuck, self._silent, self._unheard = Awake(), Awake(), Awake()
+        self._looks = 0
+        self._everyone: list[Beat] = []
 
     def __enter__(self) -> Watchdog:
         if self._recipe.watchdog.enabled:
             self._book = OpenBook()
             self._here.mirror = self._book.whereabouts
             self._beat = replace(self._beat, whereabouts=self._book.whereabouts, stacks=self._book.stacks)
+            self._everyone = gather(self._beat)
             self._board = Board(self._size)
-            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-            self._thread.start()
+            for task in (self._run, self._watch_store):
+                self._threads.append(
+                    threading.Thread(target=task, name=f"watchdog{task.__name__}", daemon=True)
+                )
+                self._threads[-1].start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(ANSWER_S)  # not for ever: the store may be gone with who kept it
+        if self._threads:
             self._here.mirror = -1
             self._book.close()
 
@@ -87,11 +93,9 @@ class Watchdog:
         last = time.monotonic()
         while not self._stop.wait(INTERVAL_S):
             now = time.monotonic()
-            try:
+            with contextlib.suppress(RuntimeError):  # torch's errors of a store that does not answer
                 self._look(now - last)
-                self._store_silent_since = None
-            except RuntimeError:  # torch's errors of a store that does not answer
-                self._look_without_store(now)
+                self._looks += 1
             last = now
         with contextlib.suppress(RuntimeError):
             self._board.put(replace(self._now(), has_left=True))
@@ -100,8 +104,6 @@ class Watchdog:
         """One sign of life, and a look at who else gives one."""
         self._beat = self._now()
         self._board.put(self._beat)
-        if self._store_keeper is None:
-            self._store_keeper = self._board.get(0)
         alarm = self._board.alarm()
         if alarm is not None and (alarm.silent == self._rank or elapsed > self._recipe.watchdog.silent_s / 2):
             # this process was stopped and now goes on only so that others can ask it for its stacks
@@ -160,17 +162,15 @@ class Watchdog:
             folder.mkdir(parents=True, exist_ok=True)
             write_own_stacks(mine, folder / _file_name(self._rank))
         asked: dict[int, Beat] = {}
-        try:
+        with contextlib.suppress(RuntimeError):  # the store has gone with the rank that keeps it
             self._board.answer(mine)
             last, answers = self._collect(folder, asked)
             if self._rank == min(answers):
-                ranks, sentence = judge(alarm, last, answers)
-                self._tell(sentence, folder, mine.step, ranks)
+                self._tell(judge(alarm, last, answers), folder)
                 self._board.put(replace(mine, has_left=True))
+                time.sleep(INTERVAL_S)  # for the others to see that
             else:
                 self._wait_for_the_teller(min(answers))
-        except RuntimeError:  # the store is gone, and whoever kept it with it
-            self._tell("a rank hangs, and the store of the launcher is gone", folder, mine.step, [])
         for beat in asked.values():
             kill(beat)
         os._exit(RankLost.exit_code)
@@ -180,7 +180,7 @@ class Watchdog:
         `asked` for their stacks by the first rank there that does."""
         started = time.monotonic()
         while True:
-            last = {rank: beat for rank in range(self._size) if (beat := self._board.get(rank)) is not None}
+            last = {beat.rank: self._board.get(beat.rank) or beat for beat in self._everyone}
             answers = self._board.answers() or {self._rank: self._now(with_module=True)}
             missing = [rank for rank, beat in last.items() if not beat.has_left and rank not in answers]
             waited = time.monotonic() - started
@@ -202,37 +202,40 @@ class Watchdog:
                 return
             time.sleep(0.2)
 
-    def _tell(self, sentence: str, folder: Path, step: int, ranks: list[int]) -> None:
-        whole = f"{sentence}; the stacks of all ranks are in {folder}"
-        record_incident(self._recipe.run_dir, "hang", step, sentence=whole, ranks=ranks)
+    def _tell(self, verdict: Verdict, folder: Path) -> None:
+        whole = f"{verdict.sentence}; the stacks of all ranks are in {folder}"
+        record_incident(self._recipe.run_dir, "hang", verdict.step, sentence=whole, ranks=verdict.ranks)
         with contextlib.suppress(OSError), open(Path(self._recipe.run_dir) / "log.txt", "a") as log:
             log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {whole}\n")
         said = f"megamm: {whole}; the same command goes on from the last checkpoint"
         print(said, file=sys.stderr, flush=True)
 
-    def _look_without_store(self, now: float) -> None:
-        """The store does not answer: where rank 0 keeps it, rank 0 is silent."""
-        if host_of_store():
-            return
-        self._store_silent_since = self._store_silent_since or now
-        seconds, keeper = now - self._store_silent_since, self._store_keeper
-        if seconds < self._recipe.watchdog.silent_s or self._stop.is_set():
-            return
-        folder = Path(self._recipe.run_dir) / FOLDER / _folder_name()
+    def _watch_store(self) -> None:
+        """A thread of its own: some questions to a store whose process is stopped have no end. Where rank 0
+        keeps the store, rank 0 is then silent."""
+        last = time.monotonic()
+        while not self._stop.wait(INTERVAL_S):
+            now = time.monotonic()
+            unheard = self._unheard.see(self._looks, now - last)
+            if unheard > self._recipe.watchdog.silent_s and not host_of_store():
+                self._end_without_store(unheard)
+            last = now
+
+    def _end_without_store(self, seconds: float) -> None:
+        keeper, folder = self._everyone[0], Path(self._recipe.run_dir) / FOLDER / _folder_name()
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_own_stacks(self._now(with_module=True), folder / _file_name(self._rank))
-        if self._rank == 1 or self._size == 1:
-            who = "the launcher"
-            if keeper is not None:
-                who = f"rank 0 (process {keeper.pid} on {keeper.host})"
-                if keeper.host == self._beat.host:
-                    keeper = ask(keeper, folder / _file_name(0))
-                    who += f", in {keeper.phase} of step {keeper.step}: {keeper.code},"
-            said = f"step {self._here.step}: {who} has given no sign of life for {seconds:.0f} s"
-            self._tell(said, folder, self._here.step, [0])
-            if keeper is not None and keeper.host == self._beat.host:
+        neighbours = [beat.rank for beat in self._everyone[1:] if beat.host == keeper.host]
+        if self._rank == (neighbours or [1])[0]:
+            if neighbours:
+                keeper = ask(keeper, folder / _file_name(0))
+            step = keeper.step or self._here.step
+            self._tell(Verdict(step, [0], f"step {step}: {silent_sentence(keeper, seconds)}"), folder)
+            if neighbours:
                 kill(keeper)
+        else:
+            time.sleep(PATIENCE_S)  # for the one that asks it
         os._exit(RankLost.exit_code)
 
 
