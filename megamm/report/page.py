@@ -48,6 +48,7 @@ def page(run: Run, now: float) -> Iterator[str]:
         yield '<h2 class="of" id="samples">What the model answers</h2>\n'
         yield from panels_html(panels)
     yield from sections.data_section(run)
+    yield from sections.incident_section(run)
     yield from sections.checkpoint_section(run)
     yield from sections.start_section(run)
     yield from sections.event_section(run)

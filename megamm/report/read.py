@@ -20,9 +20,10 @@ from megamm.errors import InputError
 from megamm.report.curves import Curves, read_curves
 from megamm.training.environment import FILE as ENVIRONMENT
 from megamm.training.environment import read_starts
+from megamm.training.incidents import FILE as INCIDENT_FILE
 from megamm.training.metrics import read_metrics
 
-EVENTS, QUARANTINED = 300, 50  # how many are shown
+EVENTS, QUARANTINED, INCIDENTS = 300, 50, 50  # how many are shown
 _STEP_LINE = re.compile(r"step +\d+/\d+ \|")
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)")
 
@@ -64,6 +65,7 @@ class Run:
         recipe, recipe_text: recipe.yaml, parsed and as it is.
         events: the newest EVENTS; hidden_events: how many came before them.
         quarantine: the first QUARANTINED entries; num_quarantined: all.
+        incidents: the newest INCIDENTS rows of incidents.jsonl; num_incidents: all.
         checkpoints: newest first.
         written: when the last step was logged, seconds since the epoch; None: there is none.
     """
@@ -78,6 +80,8 @@ class Run:
     hidden_events: int
     quarantine: list[dict[str, Any]]
     num_quarantined: int
+    incidents: list[dict[str, Any]]
+    num_incidents: int
     checkpoints: list[CheckpointFacts]
     written: float | None
 
@@ -115,6 +119,7 @@ def read_run(directory: Path) -> Run:
     curves = read_curves(metrics, half_life)
     events, hidden = _events(directory / "log.txt")
     quarantine = list(_json_lines(directory / "quarantine.jsonl"))
+    incidents = list(_json_lines(directory / INCIDENT_FILE))
     return Run(
         directory=directory,
         recipe=recipe,
@@ -130,6 +135,8 @@ def read_run(directory: Path) -> Run:
         hidden_events=hidden,
         quarantine=quarantine[:QUARANTINED],
         num_quarantined=len(quarantine),
+        incidents=incidents[-INCIDENTS:],
+        num_incidents=len(incidents),
         checkpoints=[_checkpoint(path) for path in list_checkpoints(directory / "checkpoints")],
         written=metrics.stat().st_mtime if len(curves) else None,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from megamm.pages.text import escaped
 from megamm.report.chart import short
-from megamm.report.read import QUARANTINED, Run, utc
+from megamm.report.read import INCIDENTS, QUARANTINED, Run, utc
 
 RECENT = 200  # steps that "now" is about
 REVISION = 12  # digits of it
@@ -167,7 +167,7 @@ def data_section(run: Run) -> Iterator[str]:
     if len(run.curves):
         samples, steps = run.curves.total("skipped_samples"), run.curves.total("skipped_steps")
         yield f"<p>{samples:,} samples were replaced because a picture was unreadable; "
-        yield f"{steps:,} steps were left out because of gradients that are no numbers.</p>\n"
+        yield f"{steps:,} updates were left out because of their loss or gradient.</p>\n"
     if run.num_quarantined:
         yield f"<p>{run.num_quarantined:,} pictures in quarantine.jsonl"
         yield f"; the first {QUARANTINED}:</p>\n" if run.num_quarantined > QUARANTINED else ":</p>\n"
@@ -175,6 +175,21 @@ def data_section(run: Run) -> Iterator[str]:
         yield from _table(["folder or tar", "picture", "reason"], rows)
     else:
         yield '<p class="note">No picture is in quarantine.</p>\n'
+    yield "</section>\n"
+
+
+def incident_section(run: Run) -> Iterator[str]:
+    """What went wrong and was survived."""
+    if not run.incidents:
+        return
+    yield from _open("Incidents", "incidents")
+    yield f"<p>{run.num_incidents:,} rows in incidents.jsonl"
+    yield f"; the newest {INCIDENTS}:</p>\n" if run.num_incidents > INCIDENTS else ":</p>\n"
+    rows = [
+        [_minute(one.get("time")), str(one.get("kind", "")).replace("_", " "), str(one.get("sentence", ""))]
+        for one in run.incidents
+    ]
+    yield from _table(["time", "", "what happened"], rows)
     yield "</section>\n"
 
 

@@ -89,6 +89,10 @@ def write_run(run: Path, steps: int = 300, total: int = 300) -> Path:
     (run / "environment.json").write_text(json.dumps([start(0, 4), start(100, versions={"torch": "2.10"})]))
     bad = {"source": EVIL, "key": "a.png", "reason": "cannot be decoded"}
     write_rows(run / "quarantine.jsonl", [bad | {"key": f"{n}.png"} for n in range(60)])
+    told = [
+        {"time": "2026-01-02T03:04:05Z", "kind": "slow_rank", "sentence": f"{n}: {EVIL}"} for n in range(51)
+    ]
+    write_rows(run / "incidents.jsonl", told)
     lines = ["step   1/300 | 16 samples | loss 6", f"warning: {EVIL}", "resumed at step 100", "saved it"]
     (run / "log.txt").write_text("".join(f"2026-01-02T03:04:05Z {line}\n" for line in lines))
     write_checkpoint(run, 200)

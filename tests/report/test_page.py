@@ -65,12 +65,14 @@ def test_everything_is_there_and_hostile_text_stays_text(tmp_path: Path) -> None
     names = ["Loss", "Learning rate", "Gradient norm", "Tokens per second", "Use of the devices"]
     assert titles(page) == [f"{name} by step" for name in [*names, "Seconds per step", "Waiting for data"]]
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    parts = ["data", "checkpoints", "starts", "events", "recipe"]
+    parts = ["data", "incidents", "checkpoints", "starts", "events", "recipe"]
     assert ids == ["curves", "numbers", "samples", *parts]
     assert "finished: 300 steps" in text and "best 2.7 at step 300" in text
     assert text.count(visible(EVIL)) >= 8  # name, question, quarantine, hosts, command, warning, ...
     assert "60 pictures in quarantine.jsonl; the first 50:" in text and "49.png" in text
     assert "50.png" not in text
+    assert "51 rows in incidents.jsonl; the newest 50:" in text and "slow rank" in text
+    assert visible(f"50: {EVIL}") in text and visible(f"0: {EVIL}") not in text.split("\n")
     assert "2 samples were replaced" in text
     assert text.count("3 MiB") == 2 and text.count("complete") == 2 and text.count("newest") == 1
     assert "torch 2.10" in text and "4711" in text and "0123456789ab+" in text
@@ -112,7 +114,7 @@ def test_a_long_run_is_a_small_page_that_loses_no_spike(tmp_path: Path) -> None:
 
 
 def just_begun(run: Path) -> str:
-    for name in ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl"):
+    for name in ("metrics.jsonl", "validation.jsonl", "quarantine.jsonl", "incidents.jsonl"):
         (run / name).unlink()
     return "no step yet"
 
@@ -146,7 +148,14 @@ def cut(run: Path) -> str:
 
 
 def damaged(run: Path) -> str:
-    for name in ("environment.json", "recipe.yaml", "quarantine.jsonl", "validation.jsonl", "log.txt"):
+    for name in (
+        "environment.json",
+        "recipe.yaml",
+        "quarantine.jsonl",
+        "incidents.jsonl",
+        "validation.jsonl",
+        "log.txt",
+    ):
         (run / name).write_bytes(b"{[\xff\x00: -\n")
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / "manifest.json").write_text("{}")
