@@ -184,7 +184,7 @@ def incident_section(run: Run) -> Iterator[str]:
         return
     yield from _open("Incidents", "incidents")
     yield f"<p>{run.num_incidents:,} rows in incidents.jsonl"
-    yield f"; the newest {INCIDENTS}:</p>\n" if run.num_incidents > INCIDENTS else ":</p>\n"
+    yield f"; the last {INCIDENTS}:</p>\n" if run.num_incidents > INCIDENTS else ":</p>\n"
     rows = [
         [_minute(one.get("time")), str(one.get("kind", "")).replace("_", " "), str(one.get("sentence", ""))]
         for one in run.incidents

@@ -71,7 +71,7 @@ def test_everything_is_there_and_hostile_text_stays_text(tmp_path: Path) -> None
     assert text.count(visible(EVIL)) >= 8  # name, question, quarantine, hosts, command, warning, ...
     assert "60 pictures in quarantine.jsonl; the first 50:" in text and "49.png" in text
     assert "50.png" not in text
-    assert "51 rows in incidents.jsonl; the newest 50:" in text and "slow rank" in text
+    assert "51 rows in incidents.jsonl; the last 50:" in text and "slow rank" in text
     assert visible(f"50: {EVIL}") in text and visible(f"0: {EVIL}") not in text.split("\n")
     assert "2 samples were replaced" in text
     assert text.count("3 MiB") == 2 and text.count("complete") == 2 and text.count("newest") == 1
