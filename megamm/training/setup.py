@@ -25,6 +25,7 @@ from megamm.models.vlm import build_model
 from megamm.recipe import validate_world
 from megamm.training.handover import hand_over, start_of
 from megamm.training.preflight import preflight
+from megamm.training.run_lock import RunLock
 
 Report = Callable[[str], None]
 
@@ -38,8 +39,9 @@ class Session:
         wrapped: the same with gradient buffers and data-parallel reduction.
         optimizer, schedule: megatron-core's.
         checkpoints: the run's, to be saved and loaded.
-        progress: where training starts (resumed or 0).
+        progress: where training stands (resumed or 0 at first).
         backend_reason: which layers were chosen and why, for the log.
+        lock: that no other run uses its directory.
     """
 
     recipe: Recipe
@@ -52,6 +54,7 @@ class Session:
     checkpoints: Checkpoints
     progress: Progress
     backend_reason: str
+    lock: RunLock
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -76,13 +79,16 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def build_session(recipe: Recipe, report: Report) -> Session:
+def build_session(
+    recipe: Recipe, report: Report, met: Callable[[torch.device], object] = lambda _: None
+) -> Session:
     """Join the other ranks, build the model in the recipe's layout, give it its weights (random, from
     `training.init_from`, or from the run's newest checkpoint).
 
     Args:
         recipe: validated.
         report: takes lines for the log.
+        met: called once the ranks have met, with the device of this one.
     """
     validate_world(recipe, groups.world_size())
     device = pick_device(recipe.training.device)
@@ -92,6 +98,8 @@ def build_session(recipe: Recipe, report: Report) -> Session:
     require_fp8(recipe.training.fp8.scaling, backend_name, device)
     seed_everything(recipe.seed)
     layout = groups.initialize(recipe.parallel, device, distributed_backend(device))
+    met(device)
+    lock = RunLock(Path(recipe.run_dir), report)
     preflight(recipe, layout, tokenizer, report)
     models = build_model(recipe, layout, backend_name, tokenizer.image_id)
     initialize(models, weight_drawer(recipe.model, recipe.seed))
@@ -109,6 +117,7 @@ def build_session(recipe: Recipe, report: Report) -> Session:
         checkpoints=Checkpoints(directory, models, optimizer, recipe, tokenizer.save, layout, report),
         progress=Progress(),
         backend_reason=f"{backend_name} ({reason})",
+        lock=lock,
     )
     _load_weights(session, report)
     for line in describe_rates(recipe):

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megamm.batch import Batch
 from megamm.config import Recipe
 from megamm.device import device_name, memory_used
-from megamm.engine import groups
 from megamm.engine.checkpoint import Progress
 from megamm.engine.pipeline import forward_backward
 from megamm.errors import RunError
@@ -23,7 +22,7 @@ from megamm.training.environment import record_start
 from megamm.training.feed import BatchFeed
 from megamm.training.logging import RunLogger, StepStats
 from megamm.training.setup import Session, build_session
-from megamm.training.stopping import STOPPED, StopRequests
+from megamm.training.stopping import STOPPED, StopRequests, until_a_rank_is_lost
 from megamm.training.validation import Validation
 from megamm.training.wandb_run import check_wandb
 
@@ -35,22 +34,29 @@ def train(recipe: Recipe) -> int:
 
     Raises:
         InputError, RunError: with the remedy; on every rank.
+        RankLost: another rank has died; this process must end, too.
     """
     early_lines: list[str] = []  # the logger needs to know where the run resumes
     check_wandb(recipe)
-    try:
-        session = build_session(recipe, early_lines.append)
+    session: Session | None = None
+
+    def place() -> str:
+        return "at the start" if session is None else f"after step {session.progress.step}"
+
+    with StopRequests() as stop_requests, until_a_rank_is_lost(place, stop_requests):
+        session = build_session(recipe, early_lines.append, stop_requests.listen)
         record_start(recipe.run_dir, session.progress.step, session.groups.device)
         logger = _logger(session, early_lines)
-        with logger or nullcontext(), StopRequests(session.groups.device) as stop_requests:
+        with logger or nullcontext(), session.lock:
             return _run(session, logger, stop_requests)
-    finally:
-        groups.shutdown()
 
 
 def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests) -> int:
     """The steps that are left; returns the exit code."""
     recipe, progress = session.recipe, session.progress
+    if progress.step < recipe.training.steps and (stop := stop_requests.agreed()):
+        _say(logger, f"{stop}: stopped before step {progress.step + 1}; the same command goes on")
+        return STOPPED
     validation = Validation(session, logger)
     validation.catch_up(progress.step)
     if progress.step >= recipe.training.steps:
@@ -69,6 +75,7 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
             batches = feed.next_step()
             loss, grad_norm, lr = train_step(session, batches)
             progress = Progress(progress.step + 1, feed.consumed_samples, list(feed.position), feed.sources)
+            session.progress = progress
             counts = _counts(batches, session)
             skipped_samples += counts["skipped"]
             if logger is not None:
