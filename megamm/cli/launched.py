@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from megamm.errors import INTERRUPTED, UNEXPECTED, MegammError, is_final
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _END = "megamm/end"  # key of the store
-_PATIENCE = timedelta(seconds=10)
+_PATIENCE = timedelta(seconds=5)
 
 
 def run_as_rank(run: Callable[[], int], environment: Mapping[str, str]) -> int:
@@ -101,7 +102,7 @@ def keep_end(environment: Mapping[str, str], code: int, reason: str) -> None:
     """
     if code == 0 or not is_final(code):
         return
-    with contextlib.suppress(RuntimeError):  # the launcher has ended too: nobody will start anything
+    with contextlib.suppress(RuntimeError):  # the launcher ends at this moment
         store = _store_of_launch(environment)
         if store is not None and not store.check([_END]):
             store.set(_END, json.dumps({"code": code, "reason": reason}))
@@ -113,7 +114,11 @@ def _store_of_launch(environment: Mapping[str, str]) -> Any:
         return None
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
         return None
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:  # TCPStore itself would try again and again, aloud
+        socket.create_connection(place, _PATIENCE.total_seconds()).close()
+    except OSError:  # the launcher has ended: nobody will start anything
+        return None
     from torch.distributed import TCPStore
 
-    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     return TCPStore(*place, is_master=False, timeout=_PATIENCE, wait_for_workers=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +83,16 @@ def lost_rank(error: RuntimeError, where: str, is_known: bool) -> RankLost | Non
     if any(usage in words.lower() for usage in _USAGE):
         return None
     return RankLost(
-        f"{where}: another rank has died or does not answer ({describe(error)}); its own output or the "
+        f"{where}: another rank has died or does not answer ({_plain(words)}); its own output or the "
         "launcher's says why; started again, the run goes on from its last checkpoint",
         is_known,
     )
+
+
+def _plain(words: str) -> str:
+    """The first sentence of a backend's error, without the places in its source."""
+    line = (words.strip().splitlines() or ["no reason given"])[0]
+    return re.sub(r"\[/[^\]]*\] *", "", line).partition(". ")[0][:200]
 
 
 def describe(error: BaseException) -> str:

@@ -23,8 +23,8 @@ FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Launch:
-    """`LAUNCHER --nproc-per-node 2 -m megamm train RECIPE ...`; ends with the context, and with it whatever it
-    started. No launcher: one process.
+    """`LAUNCHER --nproc-per-node 2 -m megamm train RECIPE ...`; ends with the context, and with it whatever
+    it started. No launcher: one process.
 
     Args:
         log: gets the output of all processes.

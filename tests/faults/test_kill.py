@@ -1,4 +1,5 @@
-"""A rank is killed at any moment: torchrun starts the ranks again, and the run ends as if nothing had happened."""
+"""A rank is killed at any moment: torchrun starts the ranks again, and the run ends as if nothing had
+happened."""
 
 from __future__ import annotations
 
