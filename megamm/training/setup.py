@@ -11,7 +11,14 @@ import torch
 
 from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
-from megamm.device import choose_backend, distributed_backend, pick_device, require_fp8, seed_everything
+from megamm.device import (
+    choose_backend,
+    distributed_backend,
+    pick_device,
+    require_determinism,
+    require_fp8,
+    seed_everything,
+)
 from megamm.engine import groups
 from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.groups import Groups
@@ -91,6 +98,8 @@ def build_session(
         met: called once the ranks have met, with the device of this one.
     """
     validate_world(recipe, groups.world_size())
+    if recipe.training.deterministic:
+        require_determinism()
     device = pick_device(recipe.training.device)
     tokenizer = load_tokenizer(recipe)
     _look_for_start(recipe)

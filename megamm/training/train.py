@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from megamm.errors import RunError
 from megamm.recipe import recipe_to_yaml
 from megamm.training.environment import record_start
 from megamm.training.feed import BatchFeed
+from megamm.training.heartbeat import Heartbeats
 from megamm.training.logging import RunLogger, StepStats
 from megamm.training.setup import Session, build_session
 from megamm.training.stopping import STOPPED, StopRequests, until_a_rank_is_lost
@@ -43,22 +45,29 @@ def train(recipe: Recipe) -> int:
     def place() -> str:
         return "at the start" if session is None else f"after step {session.progress.step}"
 
-    with StopRequests() as stop_requests, until_a_rank_is_lost(place, stop_requests):
+    with (
+        Heartbeats(os.environ) as heartbeats,
+        StopRequests() as stop_requests,
+        until_a_rank_is_lost(place, stop_requests),
+    ):
         session = build_session(recipe, early_lines.append, stop_requests.listen)
         record_start(recipe.run_dir, session.progress.step, session.groups.device)
         logger = _logger(session, early_lines)
         with logger or nullcontext(), session.lock:
-            return _run(session, logger, stop_requests)
+            return _run(session, logger, stop_requests, heartbeats)
 
 
-def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests) -> int:
+def _run(
+    session: Session, logger: RunLogger | None, stop_requests: StopRequests, heartbeats: Heartbeats
+) -> int:
     """The steps that are left; returns the exit code."""
     recipe, progress = session.recipe, session.progress
     if progress.step < recipe.training.steps and (stop := stop_requests.agreed()):
         _say(logger, f"{stop}: stopped before step {progress.step + 1}; the same command goes on")
         return STOPPED
     validation = Validation(session, logger)
-    validation.catch_up(progress.step)
+    with heartbeats.paused():
+        validation.catch_up(progress.step)
     if progress.step >= recipe.training.steps:
         _say(logger, f"nothing to do: the run has its {recipe.training.steps} steps")
         return 0
@@ -99,6 +108,7 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
                         memory=memory_used(session.groups.device),
                     )
                 )
+            heartbeats.beat()
             session.checkpoints.poll()
             _check_finite(session, loss, grad_norm, progress.step)
             stop = stop_requests.agreed()
@@ -111,8 +121,10 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
                 session.checkpoints.wait()
                 _say(logger, f"{stop}: came with the last step, now saved; the run ends as it would have")
             if validation.due(progress.step):
-                validation.run(progress.step)
-        session.checkpoints.wait()
+                with heartbeats.paused():
+                    validation.run(progress.step)
+        with heartbeats.paused():
+            session.checkpoints.wait()
     finally:
         session.checkpoints.abandon()
         feed.close()
