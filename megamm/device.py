@@ -23,6 +23,17 @@ from megamm.errors import InputError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CGROUP = Path("/sys/fs/cgroup")
+# Workspaces of cuBLAS that are not shared by streams; no atomic additions in Transformer Engine's attention;
+# one algorithm of NCCL, whose order of additions does not depend on what was measured when it started.
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+}
+_ALSO_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":16:8",),
+    "NCCL_ALGO": ("Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+}
 _TE_REMEDY = "install NVIDIA's Transformer Engine (tools/install_gpu.sh) or set parallel.backend=local"
 
 
@@ -83,6 +94,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def require_determinism() -> None:
+    """Have every operation give the same bits every time, or fail if it cannot. Before anything runs on a
+    GPU: cuBLAS and Transformer Engine read their settings once.
+
+    Raises:
+        InputError: the environment asks for the contrary.
+    """
+    for name, value in _DETERMINISTIC.items():
+        if os.environ.setdefault(name, value) not in (value, *_ALSO_DETERMINISTIC.get(name, ())):
+            raise InputError(
+                f"training.deterministic: {name}={os.environ[name]} is set, with which results differ from "
+                f"run to run; unset it (it becomes {value}), or set training.deterministic=false"
+            )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
 
 
 def memory_used(device: torch.device | str = "cpu") -> int:

@@ -6,6 +6,18 @@ Everything else that escapes is a defect of megamm and keeps its traceback.
 
 from __future__ import annotations
 
+STOPPED = 75  # a signal asked for it, after a checkpoint: EX_TEMPFAIL, "try again later"
+LOST = 69  # another rank died or hung: EX_UNAVAILABLE
+UNEXPECTED = 70  # a defect, with its traceback: EX_SOFTWARE
+INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT, as shells count
+
+
+def is_final(code: int) -> bool:
+    """Whether a process that ended so (negative: of a signal) would end so again, or was asked to end. What
+    is not final goes on from the last checkpoint when it is started again: a lost rank, death by a signal, a
+    defect."""
+    return code in (0, 1, 2, STOPPED, INTERRUPTED)
+
 
 class MegammError(Exception):
     """Base of the errors that are written for users; `exit_code` is what the process returns."""
@@ -26,6 +38,14 @@ class RunError(MegammError):
 
 
 class RankLost(RunError):
-    """A process of the run was lost or hangs; started again, the run goes on. Exit code 69."""
+    """Another rank has died or does not answer; the run goes on from its last checkpoint. Exit code 69.
 
-    exit_code = 69
+    Attributes:
+        is_known: the launcher knows it already (it asked this rank to end), so this rank need not say it.
+    """
+
+    exit_code = LOST
+
+    def __init__(self, message: str, is_known: bool = False) -> None:
+        super().__init__(message)
+        self.is_known = is_known

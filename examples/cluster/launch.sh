@@ -10,6 +10,8 @@
 # PROCESSES_PER_NODE  unset: the GPUs of this machine (in a Slurm job: its tasks per node)
 # NNODES              machines (unset: 1)
 # RDZV_ENDPOINT       HOST:PORT of one of them
+# MAX_RESTARTS        how often torchrun starts processes again after a lost rank (unset: 3)
+# STOP_GRACE_S        seconds that a signalled run gets to save (unset: 600)
 # SRUN_ARGS           more options of srun (a container, say)
 # CLUSTER_ENV         a file of environment settings (unset: none; examples/cluster/env_*.sh)
 set -euo pipefail
@@ -79,7 +81,9 @@ if [ -z "$processes" ]; then
 elif [ "${NNODES:-1}" -gt 1 ]; then
   [ -n "${RDZV_ENDPOINT-}" ] || die "RDZV_ENDPOINT: not set; give HOST:PORT of one of the $NNODES machines to all of them"
   exec python examples/cluster/torchrun.py --nnodes "$NNODES" --nproc-per-node "$processes" \
-    --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" -m megamm train "$recipe" "$@"
+    --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --max-restarts "${MAX_RESTARTS:-3}" \
+    -m megamm train "$recipe" "$@"
 else
-  exec python examples/cluster/torchrun.py --standalone --nproc-per-node "$processes" -m megamm train "$recipe" "$@"
+  exec python examples/cluster/torchrun.py --standalone --nproc-per-node "$processes" \
+    --max-restarts "${MAX_RESTARTS:-3}" -m megamm train "$recipe" "$@"
 fi

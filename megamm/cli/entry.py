@@ -14,12 +14,13 @@ from typing import NoReturn
 
 from megamm import __version__
 from megamm.cli import answers, data, doctor, inspect, parity, plan, report, tokenizer, train, weights
-from megamm.errors import MegammError
+from megamm.errors import INTERRUPTED, MegammError, RankLost
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # Time that rank 0 gets to report an error which all ranks have, before another rank speaks. The
 # launcher ends the other processes as soon as rank 0 has failed, so normally they never do.
 RANK_PATIENCE_S = 3.0
+# Time that a rank which lost another waits for the launcher to end it: the other one may be about to speak.
+LOSS_PATIENCE_S = 4.0
 
 DESCRIPTION = "Training of vision-language models with tensor, pipeline, sequence and data parallelism."
 EPILOG = """\
@@ -55,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (0, 1: failed run, 2: wrong input, 130: Ctrl-C)."""
+    """Run one subcommand; returns the exit code (0, 1: failed run, 2: wrong input, 130: Ctrl-C; of `train`
+    also those of megamm/errors.py)."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if argv[:2] == ["prepare", "tokenizer"]:  # the one subcommand of two words beside positional sources
         argv[:2] = ["prepare tokenizer"]
@@ -71,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED, debug=False)
+    except RankLost as error:
+        _end_after_loss(error, args.debug)
     except MegammError as error:
         return _report(str(error), error.exit_code, args.debug)
     except BrokenPipeError:  # the reader of our output has gone (`megamm ... | head`)
@@ -94,3 +98,22 @@ def _report(sentence: str, code: int, debug: bool) -> int:
     if rank == 0 or code != INTERRUPTED:
         print(f"megamm: {sentence}", file=sys.stderr, flush=True)
     return code
+
+
+def _end_after_loss(error: RankLost, debug: bool) -> NoReturn:
+    """Report that another rank was lost, after that rank itself or, if the launcher has noticed, instead of
+    it."""
+    told = [signal.SIGTERM] if error.is_known else []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: told.append(signal.Signals(received)))
+    deadline = time.monotonic() + LOSS_PATIENCE_S
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if debug:
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not told:  # one sentence; the launcher names the rank that was lost
+        print(f"megamm: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # the backend's threads still wait for the lost rank; in an orderly end they would abort the process
+    os._exit(error.exit_code)

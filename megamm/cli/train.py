@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.cli.common import add_command, positive
+from megamm.cli.launched import run_as_rank
 from megamm.errors import InputError
 from megamm.recipe_presets import PRESETS
 
@@ -45,6 +46,12 @@ def add_parsers(commands: Any) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Run `megamm train`."""
+    if args.print_config or args.dry_run:
+        return _train(args)
+    return run_as_rank(lambda: _train(args), os.environ)
+
+
+def _train(args: argparse.Namespace) -> int:
     from megamm.recipe import load_recipe, recipe_to_yaml
 
     if not args.dry_run and (args.world, args.rank) != (None, None):

@@ -163,6 +163,8 @@ class TrainingConfig:
             afresh; "keep" takes them over, which needs them for every weight that is trained now. Steps,
             schedule and position in the data always start afresh.
         device: "auto" takes CUDA when there is one.
+        deterministic: only operations that give the same bits every time, at some cost on GPUs: two runs of
+            the same recipe on the same machines are then equal bit for bit. (On CPUs they are anyway.)
     """
 
     steps: int = 1000
@@ -176,6 +178,7 @@ class TrainingConfig:
     init_from: Optional[str] = None
     init_optimizer: Literal["reset", "keep"] = "reset"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
 
 
 @dataclass

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megamm.config import ParallelConfig
-from megamm.errors import InputError
+from megamm.errors import InputError, RankLost
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
         backend: torch.distributed backend ("nccl" or "gloo").
     Raises:
         InputError: the world is not a multiple of tensor x pipeline.
+        RankLost: not all ranks have come in time.
     """
     world = world_size()
     model_size = parallel.tensor * parallel.pipeline * parallel.context
@@ -82,7 +86,9 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=parallel.timeout_s)
-        if "RANK" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            dist.init_process_group(backend, timeout=timeout, **_of_this_attempt(timeout))
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:  # a single process without a launcher
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -90,6 +96,66 @@ def initialize(parallel: ParallelConfig, device: torch.device, backend: str) -> 
         return _reuse(parallel, device)
     _build(parallel)
     return current(device)
+
+
+def _of_this_attempt(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the ranks that torchrun has started together meet.
+
+    Its store outlives them: after a restart it still holds what the dead ranks have written, by which gloo
+    finds addresses that nobody listens at, and NCCL an old world. So the ranks of an attempt use a part of
+    their own. Neither the number of restarts nor anything else that torchrun tells them is the same on all
+    nodes.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = meet(store, rank, world, timeout.total_seconds())
+    return {"store": dist.PrefixStore(f"megamm/{attempt}", store), "rank": rank, "world_size": world}
+
+
+def meet(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A word that all ranks of this attempt have in common and no other attempt has. Rank 0 makes it up and
+    keeps it in the store; who finds one there greets rank 0 under it with a word of its own, and believes in
+    it when that is answered, which a dead rank 0 cannot.
+
+    Raises:
+        RankLost: not all ranks have come in time.
+    """
+    mine, deadline, pause = uuid.uuid4().hex, time.monotonic() + timeout_s, 0.01
+    if rank == 0:
+        store.set(_ATTEMPT, mine)
+    while True:
+        found = mine if rank == 0 else store.get(_ATTEMPT).decode() if store.check([_ATTEMPT]) else None
+        if found is not None and rank > 0:
+            store.set(_greeting(found, rank), mine)
+            if store.check([_answer(found, mine)]):
+                return found
+        if rank == 0 and store.check([_greeting(mine, other) for other in range(1, world)]):
+            for other in range(1, world):
+                store.set(_answer(mine, store.get(_greeting(mine, other)).decode()), "1")
+            return mine
+        if time.monotonic() > deadline:
+            raise RankLost(
+                f"the ranks have not met within {timeout_s:g} s: {_absent(store, found, rank, world)}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+
+
+_ATTEMPT = "megamm/attempt"
+
+
+def _greeting(attempt: str, rank: int) -> str:
+    return f"megamm/{attempt}/greeting/{rank}"
+
+
+def _answer(attempt: str, word: str) -> str:
+    return f"megamm/{attempt}/answer/{word}"
+
+
+def _absent(store: dist.Store, attempt: str | None, rank: int, world: int) -> str:
+    if rank > 0:
+        return "rank 0 does not answer; look into its output"
+    absent = [str(other) for other in range(1, world) if not store.check([_greeting(str(attempt), other)])]
+    return f"rank {', '.join(absent)} did not come; look into the output there"
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-from megamm.errors import MegammError, RunError
+from megamm.errors import MegammError, RankLost, RunError
+
+# What the backends say, in RuntimeErrors without a class of their own, when a process they talk to has gone.
+_BACKENDS = ("gloo/transport", "NCCL", "TCPStore")
+_USAGE = ("invalid usage", "invalid argument")  # NCCL's words for a mistake of this process's own
 
 
 def gather(value: Any) -> list[Any]:
@@ -62,6 +67,32 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     if told[0] is not None:
         raise unexpected or told[0]
     return told[1]
+
+
+def lost_rank(error: RuntimeError, where: str, is_known: bool) -> RankLost | None:
+    """The error for users behind a collective that failed because another rank has died or does not answer;
+    None if `error` is something else.
+
+    Args:
+        where: the run stood ("step 7").
+        is_known: as in RankLost.
+    """
+    words = str(error)
+    if not (isinstance(error, dist.DistError) or any(name in words for name in _BACKENDS)):
+        return None
+    if any(usage in words.lower() for usage in _USAGE):
+        return None
+    return RankLost(
+        f"{where}: another rank has died or does not answer ({_plain(words)}); its own output or the "
+        "launcher's says why; started again, the run goes on from its last checkpoint",
+        is_known,
+    )
+
+
+def _plain(words: str) -> str:
+    """The first sentence of a backend's error, without the places in its source."""
+    line = (words.strip().splitlines() or ["no reason given"])[0]
+    return re.sub(r"\[/[^\]]*\] *", "", line).partition(". ")[0][:200]
 
 
 def describe(error: BaseException) -> str:

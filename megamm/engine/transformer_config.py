@@ -77,6 +77,7 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
         media_width=recipe.model.vision.width if cross else 0,
         lora=recipe.model.lora,
         dropout_seed=recipe.seed,
+        deterministic_mode=recipe.training.deterministic,
         **_fusions(),
         **_recompute(recipe),
         **_fp8(recipe),

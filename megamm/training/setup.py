@@ -11,7 +11,14 @@ import torch
 
 from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
-from megamm.device import choose_backend, distributed_backend, pick_device, require_fp8, seed_everything
+from megamm.device import (
+    choose_backend,
+    distributed_backend,
+    pick_device,
+    require_determinism,
+    require_fp8,
+    seed_everything,
+)
 from megamm.engine import groups
 from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.groups import Groups
@@ -25,6 +32,7 @@ from megamm.models.vlm import build_model
 from megamm.recipe import validate_world
 from megamm.training.handover import hand_over, start_of
 from megamm.training.preflight import preflight
+from megamm.training.run_lock import RunLock
 
 Report = Callable[[str], None]
 
@@ -38,8 +46,9 @@ class Session:
         wrapped: the same with gradient buffers and data-parallel reduction.
         optimizer, schedule: megatron-core's.
         checkpoints: the run's, to be saved and loaded.
-        progress: where training starts (resumed or 0).
+        progress: where training stands (resumed or 0 at first).
         backend_reason: which layers were chosen and why, for the log.
+        lock: that no other run uses its directory.
     """
 
     recipe: Recipe
@@ -52,6 +61,7 @@ class Session:
     checkpoints: Checkpoints
     progress: Progress
     backend_reason: str
+    lock: RunLock
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -86,6 +96,8 @@ def build_session(recipe: Recipe, report: Report, joined: Callable[[Groups], obj
         joined: is called as soon as the ranks have found each other.
     """
     validate_world(recipe, groups.world_size())
+    if recipe.training.deterministic:
+        require_determinism()
     device = pick_device(recipe.training.device)
     tokenizer = load_tokenizer(recipe)
     _look_for_start(recipe)
@@ -94,6 +106,7 @@ def build_session(recipe: Recipe, report: Report, joined: Callable[[Groups], obj
     seed_everything(recipe.seed)
     layout = groups.initialize(recipe.parallel, device, distributed_backend(device))
     joined(layout)
+    lock = RunLock(Path(recipe.run_dir), report)
     preflight(recipe, layout, tokenizer, report)
     models = build_model(recipe, layout, backend_name, tokenizer.image_id)
     initialize(models, weight_drawer(recipe.model, recipe.seed))
@@ -111,6 +124,7 @@ def build_session(recipe: Recipe, report: Report, joined: Callable[[Groups], obj
         checkpoints=Checkpoints(directory, models, optimizer, recipe, tokenizer.save, layout, report),
         progress=Progress(),
         backend_reason=f"{backend_name} ({reason})",
+        lock=lock,
     )
     _load_weights(session, report)
     for line in describe_rates(recipe):

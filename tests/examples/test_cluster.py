@@ -119,6 +119,66 @@ def test_a_failed_job_stays_failed(tmp_path: Path, dataset_dir: Path, tokenizer_
     assert "requeue" not in job.scontrol_log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("end", "count", "returns"),
+    [
+        ("exit 69", 0, True),
+        ("exit 70", 4, True),
+        ("kill -9 $$", 0, True),
+        ("exit 139", 1, True),
+        ("exit 69", 5, False),
+        ("exit 1", 0, False),
+        ("exit 2", 0, False),
+        ("exit 75", 0, False),  # a signal that was not Slurm's
+        ("exit 130", 0, False),
+        ("exit 0", 0, False),
+    ],
+)
+def test_jobs_come_back_after_what_that_cures(tmp_path: Path, end: str, count: int, returns: bool) -> None:
+    job = Job(tmp_path, tmp_path / "recipe.yaml")
+    job.stage.write_text(f"{end}\n")
+    job.environment["SLURM_RESTART_COUNT"] = str(count)
+    with job.started() as process:
+        code = process.wait(30)
+    asked = job.scontrol_log.read_text() if job.scontrol_log.exists() else ""
+    assert ("requeue 4711" in asked) == returns, job.log.read_text()
+    assert code == (0 if returns else int(end.removeprefix("exit ")))
+    assert ("MAX_REQUEUES" in job.log.read_text()) == (count == 5)
+
+
+def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
+    """Neither if its ranks saved, nor if they died of the signal."""
+    for end in ("exit 75", "trap - TERM; kill -TERM $BASHPID"):
+        folder = tmp_path / end[0]
+        folder.mkdir()
+        job = Job(folder, folder / "recipe.yaml")
+        job.stage.write_text(f"trap '{end}' TERM\ntouch {folder}/ready\nwhile :; do sleep 0.1; done\n")
+        with job.started() as process:
+            while not (folder / "ready").exists():
+                assert process.poll() is None, job.log.read_text()
+            process.terminate()
+            assert process.wait(30) in (STOPPED, 143)
+        assert not job.scontrol_log.exists(), job.log.read_text()
+
+
+@pytest.mark.faults
+def test_a_job_whose_rank_is_killed_comes_back(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    job = Job(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+    with job.started() as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        tasks = [
+            task for task in psutil.Process(process.pid).children(recursive=True) if "train" in task.cmdline()
+        ]
+        max(tasks, key=lambda task: task.pid).kill()
+        assert process.wait(60) == 0, job.log.read_text()
+    assert "requeue 4711" in job.scontrol_log.read_text(), job.log.read_text()
+    with job.started() as process:
+        assert process.wait(120) == 0, job.log.read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
+
+
 def test_torchrun_ends_as_the_run_does(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
     """Wrong input on two ranks: no traceback of torchrun's buries the sentence, and the exit code is kept."""
     stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))

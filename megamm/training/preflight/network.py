@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megamm.engine.groups import Groups
-from megamm.errors import RunError
+from megamm.errors import RankLost
 from megamm.training.preflight.found import Found
 
 PATIENCE_S = (
@@ -28,7 +28,7 @@ def check_network(layout: Groups, timeout_s: float) -> Found:
         layout: the groups.
         timeout_s: parallel.timeout_s; not more than PATIENCE_S is waited.
     Raises:
-        RunError: a sum did not come in time; names the ranks that did not come to it, where that can be told.
+        RankLost: a sum did not come in time; names the ranks that did not come to it, where that can be told.
     """
     deadline = time.monotonic() + min(timeout_s, PATIENCE_S)
     found = Found()
@@ -57,7 +57,7 @@ def _sum(name: str, group: Any, ranks: list[int], device: torch.device, deadline
         work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         total = int(number.item())
     except RuntimeError as error:  # what backends raise for a timeout or a lost connection
-        raise RunError(
+        raise RankLost(
             f"preflight.network: the {_called(name)} of rank {me} ({len(ranks)} processes) gave no sum in "
             f"time: {_suspects(store, name, ranks)}; look into the logs of these ranks and at the network, "
             "or set preflight.network=off"

@@ -84,7 +84,7 @@ class Watchdog:
     ) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(ANSWER_S)  # not for ever: the store may be gone with who kept it
+            thread.join(INTERVAL_S)  # not for ever: the store may be gone with who kept it
         if self._threads:
             self._here.mirror = -1
             self._book.close()

@@ -76,6 +76,10 @@ class Whereabouts:
         """Take note of the names of a model's modules, so that code that runs in one is named after it."""
         self._modules = {id(module): name for model in models for name, module in model.named_modules()}
 
+    def place(self) -> str:
+        """Where the loop is, in a few words."""
+        return f"step {self.step}, {self.phase}" if self.step else "at the start"
+
     @property
     def longest_step(self) -> float | None:
         """Seconds of work of the longest of the last steps; None before there were enough to judge by."""
