@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megamm.training import train
+from megamm.training import loop
 from tests.training import runs
 
 TARGET = "tests.faults.inject:megamm"
@@ -37,7 +37,7 @@ def megamm(*arguments: str) -> int:
 def inject(happens: Callable[..., Any], steps: set[int]) -> None:
     """Have `happens` stand for train_step's forward and backward pass. It counts passes, so a step that is
     done again after a rollback is another one."""
-    real, done = train.forward_backward, 0
+    real, done = loop.forward_backward, 0
 
     def forward_backward(models: Any, batches: Any, groups: Any) -> float:
         nonlocal done
@@ -45,7 +45,7 @@ def inject(happens: Callable[..., Any], steps: set[int]) -> None:
         loss = real(models, batches, groups)
         return happens(models, loss) if done in steps else loss
 
-    train.forward_backward = forward_backward
+    loop.forward_backward = forward_backward
 
 
 def hang(models: Any, loss: float) -> float:

@@ -75,7 +75,7 @@ def test_the_second_run_is_refused_and_the_first_goes_on(
         wait_for_step(tmp_path / "run", 4, first)
         second = start(recipe, tmp_path / "second", LONG, processes=2)
         assert isinstance(second, Ranks)
-        assert [fork.wait(60) for fork in second._forks] == [2, 2]
+        assert [fork.wait(60) for fork in second.forks] == [2, 2]
         owner = json.loads((tmp_path / "run" / "lock").read_text())
         assert owner["pid"] == first.pid and owner["host"] == socket.gethostname()
         sentence = (

@@ -115,9 +115,9 @@ def test_all_ranks_are_told_twice(
     try:
         wait_for_step(tmp_path / "run", dice.randrange(1, STEPS - 5), ranks)
         for number in dice.sample(SIGNALS, 2):
-            for fork in dice.sample(ranks._forks, 2):
+            for fork in dice.sample(ranks.forks, 2):
                 fork.send_signal(number)
-        assert [fork.wait(60) for fork in ranks._forks] == [STOPPED, STOPPED], (tmp_path / "log").read_text()
+        assert [fork.wait(60) for fork in ranks.forks] == [STOPPED, STOPPED], (tmp_path / "log").read_text()
     finally:
         kill(ranks)
     assert_goes_on(recipe, tmp_path, uninterrupted)
