@@ -168,7 +168,10 @@ def test_a_rank_that_lives_and_hangs_is_named(tmp_path: Path, recipe: Path) -> N
         kill(process)
     sentence = assert_named(tmp_path / "run", tmp_path / "log", rank)
     assert f"step {step}: " in sentence
-    assert "forward and backward of micro-batch" in sentence and "train_step (megamm/training/loop.py" in sentence
+    assert (
+        "forward and backward of micro-batch" in sentence
+        and "train_step (megamm/training/loop.py" in sentence
+    )
 
 
 def test_a_run_that_hangs_on_its_own_is_ended(tmp_path: Path, recipe: Path) -> None:
