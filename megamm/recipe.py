@@ -9,6 +9,7 @@ errors. Every message names the file, the dotted key, what is wrong and the reme
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from megamm.config import Recipe
 from megamm.errors import InputError
 from megamm.recipe_checks import validate, validate_world
 from megamm.recipe_presets import PRESETS
+from megamm.small_files import read_whole
 
 __all__ = [
     "load_recipe",
@@ -152,12 +154,14 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: larger than 1 MiB, so it is no recipe; give the YAML file of a stage")
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, MAX_RECIPE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; give a recipe in YAML") from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise InputError(
+                f"{path}: larger than 1 MiB, so it is no recipe; give the YAML file of a stage"
+            ) from None
         raise InputError(f"{path}: {error.strerror or error}; give the path of a recipe file") from error
 
 
@@ -350,12 +354,17 @@ def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
         return isinstance(value, str) and value in get_args(kind), value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
-        fits = is_number and math.isfinite(value) and abs(value) < 2**63 and value == int(value)
+        fits = is_number and abs(value) < 2**63 and value == int(value)  # also refuses inf and nan
         return fits, int(value) if fits else None
     if kind is float:
         fits = is_number and abs(value) < 1e300  # also refuses inf and nan
         return fits, float(value) if fits else None
-    return isinstance(value, kind), value
+    return isinstance(value, kind) and (kind is not str or _is_storable(value)), value
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text can be a path and be written to a file."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _expected(kind: Any) -> str:

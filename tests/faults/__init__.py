@@ -1,0 +1,1 @@
+"""Faults that megamm has to survive, each injected for real."""
