@@ -13,7 +13,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import re
 import reprlib
 import types
@@ -28,7 +27,7 @@ from megamm.config import Recipe
 from megamm.errors import InputError
 from megamm.recipe_checks import validate, validate_world
 from megamm.recipe_presets import PRESETS
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 __all__ = [
     "load_recipe",
@@ -261,8 +260,10 @@ def _get_section(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
 
 
 def _expand_home(tree: dict[str, Any], leaf: str, key: str) -> None:
-    """`~` in the value of `leaf`, which is `key` in full."""
+    """`~` in the value of `leaf`, which is `key` in full; raises InputError where it is no path."""
     value = tree.get(leaf)
+    if value == "":  # a shell's variable that is not set, most likely; `null` is how nothing is meant
+        raise InputError(f"{key}: is empty; give a path, or leave the key out")
     if not isinstance(value, str) or not value.startswith("~"):
         return
     try:

@@ -22,7 +22,7 @@ from megamm.convert.rules import Rule, Shape, Table, listed
 from megamm.engine.mapped_files import MappedFile, blocks, give_back, unpickled_extents
 from megamm.engine.weight_files import THREADS, StreamedTensor, results, write_at
 from megamm.errors import InputError, RunError
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 MAX_SHARD_BYTES = 5 * 1000**3
 INDEX_NAME = "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from megamm.convert.engine import read_json, write_json
 from megamm.data.tokenizer import CONFIG_FILE, HF_FILE, IMAGE_TOKEN, MODEL_FILE, SPACE, Tokenizer
 from megamm.data.tokenizer_huggingface import SETTINGS_FILE, without_last
 from megamm.errors import InputError
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 # Of sentencepiece_model.proto: model type and piece types.
 _BPE = 2

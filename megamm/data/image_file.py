@@ -9,7 +9,7 @@ import torch
 from megamm.data.image_header import check_length
 from megamm.data.images import ImageError, ImageLoader
 from megamm.errors import InputError
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 
 def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor:

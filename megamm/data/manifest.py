@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.errors import InputError
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 FILE_NAME = "manifest.json"
 FORMAT = "megamm dataset"

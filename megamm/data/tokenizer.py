@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -25,7 +26,7 @@ from megamm.data import tokenizer_engine
 from megamm.data.tokenizer_engine import CONFIG_FILE, IMAGE_TOKEN, SPACE, Engine, Place, SentencePieceEngine
 from megamm.data.tokenizer_huggingface import COMPANION_FILES, HuggingFaceEngine, with_added
 from megamm.errors import InputError
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 __all__ = ["CONFIG_FILE", "HF_FILE", "IMAGE_TOKEN", "MODEL_FILE", "SPACE", "Tokenizer", "train_tokenizer"]
 
@@ -127,8 +128,11 @@ class Tokenizer:
         tokenizer.model and tokenizer_config.megamm.json, or tokenizer.json and what came with it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name, contents in self.files().items():
-            (directory / name).write_bytes(contents)
+        # the vocabulary comes last: without what belongs to it, it would be another one
+        for name, contents in reversed(self.files().items()):
+            unfinished = directory / f".{name}.unfinished"
+            unfinished.write_bytes(contents)
+            os.replace(unfinished, directory / name)
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""

@@ -13,7 +13,7 @@ from megamm.config import ImageConfig
 from megamm.data.image_header import ImageError
 from megamm.data.thumbnail import thumbnail
 from megamm.pages.text import escaped
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 STEPS, QUESTIONS, PICTURES = 6, 24, 4  # newest steps, questions, pictures of each
 MAX_CHARACTERS = 1500  # of a question or an answer

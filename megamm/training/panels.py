@@ -26,7 +26,7 @@ from megamm.engine.ranks import describe, from_rank_0, gather_on_rank_0
 from megamm.errors import InputError
 from megamm.inference.greedy import Asking, evaluation_loader, load_pictures
 from megamm.inference.layout import LayoutModel
-from megamm.small_files import read_whole
+from megamm.whole_files import read_whole
 
 MAX_SIDE = 256  # pixels of the copies of pictures
 

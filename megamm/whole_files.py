@@ -1,10 +1,13 @@
-"""Files that are read whole: recipes, configurations, tokenizers, manifests."""
+"""Files that are read whole (recipes, tokenizers, manifests), and files that are written whole or not."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 MAX_BYTES = 1 << 28
 _CHUNK = 1 << 20
@@ -40,3 +43,27 @@ def _read(descriptor: int, limit: int) -> bytes:
         if len(found) > limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return bytes(found)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[IO[str]]:
+    """A text file that stands at `path` once the block has ended well; until then, what stood there before.
+    Devices and pipes are written to as they are. What UTF-8 cannot hold becomes question marks.
+
+    Raises:
+        OSError: it cannot be written; `strerror` is set.
+    """
+    place = os.path.realpath(path)  # a link stays, and its target is written
+    if os.path.lexists(place) and not os.path.isfile(place):
+        with open(place, "w", encoding="utf-8", errors="replace") as file:
+            yield file
+        return
+    unfinished = os.path.join(os.path.dirname(place), f".megamm-{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "w", encoding="utf-8", errors="replace") as file:
+            yield file
+        os.replace(unfinished, place)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(unfinished)
+        raise
