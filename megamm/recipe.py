@@ -31,6 +31,7 @@ from megamm.whole_files import read_whole
 
 __all__ = [
     "load_recipe",
+    "parse_yaml",
     "recipe_from_dict",
     "recipe_hash",
     "recipe_to_yaml",
@@ -63,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), preset: str | N
     Raises:
         InputError: naming the file or override, the dotted key, what is wrong and the remedy.
     """
-    raw = _parse_yaml(_read_text(Path(path)), str(path))
+    raw = parse_yaml(_read_text(Path(path)), str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_shown(raw)}; see examples/quickstart")
     if preset is None:
@@ -117,7 +118,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a word", key_node.start_mark
                 )
@@ -164,7 +165,15 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror or error}; give the path of a recipe file") from error
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """The plain values that a YAML text holds, whoever has written it: no objects, and no merged keys, with
+    which a few lines stand for more than a memory holds.
+
+    Args:
+        source: for the message.
+    Raises:
+        InputError: with the line, what is wrong there and the remedy.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -184,7 +193,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     types = _leaf_types()
     if key not in types:
         raise _unknown_key(f"override {text!r}", key)
-    parsed = _parse_yaml(value, f"override {text!r}")
+    parsed = parse_yaml(value, f"override {text!r}")
     takes_text = str in _alternatives(types[key]) and value not in ("null", "~")
     takes_lists = any(get_origin(kind) is list for kind in _alternatives(types[key]))
     if takes_text and not isinstance(parsed, str) and not (takes_lists and isinstance(parsed, (list, dict))):
@@ -277,7 +286,7 @@ def _expand_home(tree: dict[str, Any], leaf: str, key: str) -> None:
 @functools.cache
 def _presets(file: str) -> dict[str, dict[str, Any]]:
     path = PRESET_DIR / file
-    return _parse_yaml(_read_text(path), str(path))
+    return parse_yaml(_read_text(path), str(path))
 
 
 def _merge_preset(given: dict[str, Any], section: str, file: str, source: str) -> None:
