@@ -16,6 +16,8 @@ from tests.faults.commands import COMMANDS, INSTEAD, Ground, PathArgument, repla
 from tests.faults.run_command import run_command
 
 DRAWN = 14  # of some hundred cases, in the short form
+# What an interrupted command may leave: a run that has begun, what `megamm prepare` goes on from.
+BEGUN = {"train": {"run"}, "prepare": {".data.partial"}}
 UNREADABLE = "no permission"
 
 
@@ -85,8 +87,7 @@ def check(case: Case, ground: Ground, folder: Path) -> None:
         return
     assert outcome.code in (1, 2), f"{line}: {outcome}"
     assert len(outcome.said) == 1 and "Traceback" not in outcome.text, f"{line}: {outcome}"
-    begun = {"run", ".run.lock"} if case.command == "train" else set()  # of a run that has begun
-    assert set(left) <= begun, f"{line}: left {left}"
+    assert set(left) <= BEGUN.get(case.command, set()), f"{line}: left {left}"
 
 
 def without_permission(folder: Path, place: PathArgument, line: list[str]) -> Path:
