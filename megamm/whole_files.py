@@ -23,9 +23,8 @@ def read_whole(path: str | Path, limit: int = MAX_BYTES) -> bytes:
         OSError: it cannot be read, or is larger than `limit` (EFBIG); `filename` and `strerror` are set.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_without_waiting(path)
         try:
-            os.set_blocking(descriptor, True)  # a pipe that has a writer is waited for
             return _read(descriptor, limit)
         finally:
             os.close(descriptor)
@@ -34,6 +33,14 @@ def read_whole(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     except OSError as error:
         error.filename = str(path)  # what is read through a descriptor does not know it
         raise
+
+
+def open_without_waiting(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """os.open for reading, also as the opener of `open`: of a named pipe, without waiting for a writer. What a
+    pipe with a writer has to say is waited for."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _read(descriptor: int, limit: int) -> bytes:

@@ -231,6 +231,7 @@ def test_a_tar_that_becomes_something_else(tmp_path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(ImageError) as told:
             store.read(location)
+        store.close()
         assert str(told.value) and len(os.listdir("/proc/self/fd")) == before
         if path.is_dir():
             path.rmdir()
