@@ -36,8 +36,8 @@ def read_whole(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def open_without_waiting(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """os.open for reading, also as the opener of `open`: of a named pipe, without waiting for a writer. What a
-    pipe with a writer has to say is waited for."""
+    """os.open for reading, also as the opener of `open`: of a named pipe, without waiting for a writer. What
+    a pipe with a writer has to say is waited for."""
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
