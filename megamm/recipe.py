@@ -9,10 +9,10 @@ errors. Every message names the file, the dotted key, what is wrong and the reme
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import hashlib
 import json
-import math
 import re
 import reprlib
 import types
@@ -27,9 +27,11 @@ from megamm.config import Recipe
 from megamm.errors import InputError
 from megamm.recipe_checks import validate, validate_world
 from megamm.recipe_presets import PRESETS
+from megamm.whole_files import read_whole
 
 __all__ = [
     "load_recipe",
+    "parse_yaml",
     "recipe_from_dict",
     "recipe_hash",
     "recipe_to_yaml",
@@ -62,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), preset: str | N
     Raises:
         InputError: naming the file or override, the dotted key, what is wrong and the remedy.
     """
-    raw = _parse_yaml(_read_text(Path(path)), str(path))
+    raw = parse_yaml(_read_text(Path(path)), str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_shown(raw)}; see examples/quickstart")
     if preset is None:
@@ -116,7 +118,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a word", key_node.start_mark
                 )
@@ -152,16 +154,26 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: larger than 1 MiB, so it is no recipe; give the YAML file of a stage")
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, MAX_RECIPE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; give a recipe in YAML") from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise InputError(
+                f"{path}: larger than 1 MiB, so it is no recipe; give the YAML file of a stage"
+            ) from None
         raise InputError(f"{path}: {error.strerror or error}; give the path of a recipe file") from error
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """The plain values that a YAML text holds, whoever has written it: no objects, and no merged keys, with
+    which a few lines stand for more than a memory holds.
+
+    Args:
+        source: for the message.
+    Raises:
+        InputError: with the line, what is wrong there and the remedy.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -181,7 +193,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     types = _leaf_types()
     if key not in types:
         raise _unknown_key(f"override {text!r}", key)
-    parsed = _parse_yaml(value, f"override {text!r}")
+    parsed = parse_yaml(value, f"override {text!r}")
     takes_text = str in _alternatives(types[key]) and value not in ("null", "~")
     takes_lists = any(get_origin(kind) is list for kind in _alternatives(types[key]))
     if takes_text and not isinstance(parsed, str) and not (takes_lists and isinstance(parsed, (list, dict))):
@@ -257,8 +269,10 @@ def _get_section(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
 
 
 def _expand_home(tree: dict[str, Any], leaf: str, key: str) -> None:
-    """`~` in the value of `leaf`, which is `key` in full."""
+    """`~` in the value of `leaf`, which is `key` in full; raises InputError where it is no path."""
     value = tree.get(leaf)
+    if value == "":  # a shell's variable that is not set, most likely; `null` is how nothing is meant
+        raise InputError(f"{key}: is empty; give a path, or leave the key out")
     if not isinstance(value, str) or not value.startswith("~"):
         return
     try:
@@ -272,7 +286,7 @@ def _expand_home(tree: dict[str, Any], leaf: str, key: str) -> None:
 @functools.cache
 def _presets(file: str) -> dict[str, dict[str, Any]]:
     path = PRESET_DIR / file
-    return _parse_yaml(_read_text(path), str(path))
+    return parse_yaml(_read_text(path), str(path))
 
 
 def _merge_preset(given: dict[str, Any], section: str, file: str, source: str) -> None:
@@ -350,12 +364,17 @@ def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
         return isinstance(value, str) and value in get_args(kind), value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
-        fits = is_number and math.isfinite(value) and abs(value) < 2**63 and value == int(value)
+        fits = is_number and abs(value) < 2**63 and value == int(value)  # also refuses inf and nan
         return fits, int(value) if fits else None
     if kind is float:
         fits = is_number and abs(value) < 1e300  # also refuses inf and nan
         return fits, float(value) if fits else None
-    return isinstance(value, kind), value
+    return isinstance(value, kind) and (kind is not str or _is_storable(value)), value
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text can be a path and be written to a file."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _expected(kind: Any) -> str:

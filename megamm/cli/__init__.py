@@ -1,6 +1,7 @@
 """The command line: `megamm SUBCOMMAND`, also `python -m megamm`.
 
 entry.py      parser, errors to one sentence on stderr, exit codes
+interrupt.py  Ctrl-C
 train.py      train
 report.py     report
 data.py       prepare

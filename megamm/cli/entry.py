@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from megamm import __version__
 from megamm.cli import answers, data, doctor, inspect, parity, plan, report, tokenizer, train, weights
+from megamm.cli.interrupt import interruptible
 from megamm.errors import INTERRUPTED, MegammError, RankLost
 
 # Time that rank 0 gets to report an error which all ranks have, before another rank speaks. The
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.debug:  # advice of libraries to their own authors
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
-        return args.run(args)
+        with interruptible():
+            return args.run(args)
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED, debug=False)
     except RankLost as error:

@@ -22,6 +22,7 @@ from megamm.convert.rules import Rule, Shape, Table, listed
 from megamm.engine.mapped_files import MappedFile, blocks, give_back, unpickled_extents
 from megamm.engine.weight_files import THREADS, StreamedTensor, results, write_at
 from megamm.errors import InputError, RunError
+from megamm.whole_files import read_whole
 
 MAX_SHARD_BYTES = 5 * 1000**3
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,11 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is not there, cannot be read, or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_whole(path).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a complete Hugging Face model directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); fetch the file again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: not readable as JSON ({reason}); fetch the file again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object; fetch the file again")
     return value

@@ -139,7 +139,8 @@ def _open(path: Path) -> tuple[MappedFile, dict[str, Extent]]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from None
     except UntrustedPickle as error:
         raise InputError(
-            f"{path}: {error}; if you trust it, load it with torch and save its tensors again"
+            f"{path}: {error}; if you trust it, convert it to safetensors: safetensors.torch.save_file("
+            f"torch.load({path.name!r}, weights_only=False), 'model.safetensors')"
         ) from None
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged or cut short ({error}); fetch the file again") from None

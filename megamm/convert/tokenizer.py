@@ -20,6 +20,7 @@ from megamm.convert.engine import read_json, write_json
 from megamm.data.tokenizer import CONFIG_FILE, HF_FILE, IMAGE_TOKEN, MODEL_FILE, SPACE, Tokenizer
 from megamm.data.tokenizer_huggingface import SETTINGS_FILE, without_last
 from megamm.errors import InputError
+from megamm.whole_files import read_whole
 
 # Of sentencepiece_model.proto: model type and piece types.
 _BPE = 2
@@ -142,7 +143,7 @@ def _read_model(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(path.read_bytes())  # Tokenizer has read these bytes before
+    model.ParseFromString(read_whole(path))  # Tokenizer has read these bytes before
     types = {piece.type for piece in model.pieces}
     reasons = {
         "is no BPE model": model.trainer_spec.model_type != _BPE,
@@ -186,7 +187,7 @@ def tokenizer_from_hf(directory: Path) -> Tokenizer | None:
         return plain
     if IMAGE_TOKEN not in plain.special_tokens or IMAGE_TOKEN in plain.added_tokens:
         added.setdefault(IMAGE_TOKEN, plain.num_pieces + len(added))
-    return Tokenizer(model_file.read_bytes(), added, origin=str(directory))
+    return Tokenizer(read_whole(model_file), added, origin=str(directory))
 
 
 def _added_tokens(directory: Path) -> Iterator[tuple[str, int, Path]]:

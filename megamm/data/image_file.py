@@ -9,6 +9,7 @@ import torch
 from megamm.data.image_header import check_length
 from megamm.data.images import ImageError, ImageLoader
 from megamm.errors import InputError
+from megamm.whole_files import read_whole
 
 
 def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor:
@@ -19,7 +20,7 @@ def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor
     """
     try:
         check_length(Path(path).stat().st_size)
-        (result,) = image_loader.load([Path(path).read_bytes()], [0])
+        (result,) = image_loader.load([read_whole(path)], [0])
     except ImageError as error:
         result = error
     except OSError as error:

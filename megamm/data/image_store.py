@@ -212,10 +212,15 @@ class ImageStore:
         path = os.path.join(self.containers[location.container].path, location.name)
         # Not blocking: what became a pipe since `find` would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            if os.fstat(descriptor).st_size != location.length:
+        try:  # (the builtin open would leave the descriptor of a folder open)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("is not a regular file")
+            if status.st_size != location.length:
                 raise ImageError("the file has changed since `megamm prepare`")
-            data = _read_all(file, size)
+            data = _read_all(descriptor, size)
+        finally:
+            os.close(descriptor)
         if len(data) != size:
             raise ImageError("the file has changed since `megamm prepare`")
         return data
@@ -239,13 +244,17 @@ class ImageStore:
             return self._tars[container]
         if len(self._tars) >= MAX_OPEN_TARS:
             os.close(self._tars.popitem(last=False)[1])
-        self._tars[container] = os.open(self.containers[container].path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._tars[container]
+        descriptor = os.open(self.containers[container].path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ImageError("its tar file is no regular file any more")
+        self._tars[container] = descriptor
+        return descriptor
 
 
-def _read_all(file: IO[bytes], size: int) -> bytes:
-    data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):
+def _read_all(descriptor: int, size: int) -> bytes:
+    data = os.read(descriptor, size)
+    while len(data) < size and (more := os.read(descriptor, size - len(data))):
         data += more
     return data
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from megamm.errors import InputError
+from megamm.whole_files import open_without_waiting
 
 CHUNK = 1 << 20  # characters read at once
 MAX_ENTRY = 1 << 26  # characters of one entry
@@ -171,7 +172,7 @@ def open_text(path: Path) -> Iterator[IO[str]]:
                 with archive.open(members[0]) as data:
                     yield io.TextIOWrapper(data, encoding="utf-8-sig")
         else:
-            with open(path, encoding="utf-8-sig") as file:
+            with open(path, encoding="utf-8-sig", opener=open_without_waiting) as file:
                 yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.errors import InputError
+from megamm.whole_files import read_whole
 
 FILE_NAME = "manifest.json"
 FORMAT = "megamm dataset"
@@ -80,9 +81,7 @@ class Manifest:
             raise InputError(f"{directory}: is no prepared dataset; write one with `megamm prepare`")
         problem = InputError(f"{path}: the manifest is damaged; run `megamm prepare` again")
         try:
-            if path.stat().st_size > MAX_SIZE:
-                raise problem
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_whole(path, MAX_SIZE).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
             raise problem from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:

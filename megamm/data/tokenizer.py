@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
@@ -25,6 +26,7 @@ from megamm.data import tokenizer_engine
 from megamm.data.tokenizer_engine import CONFIG_FILE, IMAGE_TOKEN, SPACE, Engine, Place, SentencePieceEngine
 from megamm.data.tokenizer_huggingface import COMPANION_FILES, HuggingFaceEngine, with_added
 from megamm.errors import InputError
+from megamm.whole_files import read_whole
 
 __all__ = ["CONFIG_FILE", "HF_FILE", "IMAGE_TOKEN", "MODEL_FILE", "SPACE", "Tokenizer", "train_tokenizer"]
 
@@ -103,9 +105,9 @@ class Tokenizer:
             names = [name for name in (MODEL_FILE, HF_FILE) if (path / name).exists()]
             model_path = path / (names or [MODEL_FILE])[0]
         try:
-            model = model_path.read_bytes()
+            model = read_whole(model_path)
             beside = [path / name for name in COMPANION_FILES] if path.is_dir() and is_json(model) else []
-            companions = {file.name: file.read_bytes() for file in beside if file.exists()}
+            companions = {file.name: read_whole(file) for file in beside if file.exists()}
         except OSError as error:
             raise InputError(
                 f"{model_path}: cannot read the tokenizer ({error.strerror}); give a tokenizer directory, "
@@ -126,8 +128,11 @@ class Tokenizer:
         tokenizer.model and tokenizer_config.megamm.json, or tokenizer.json and what came with it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name, contents in self.files().items():
-            (directory / name).write_bytes(contents)
+        # the vocabulary comes last: without what belongs to it, it would be another one
+        for name, contents in reversed(self.files().items()):
+            unfinished = directory / f".{name}.unfinished"
+            unfinished.write_bytes(contents)
+            os.replace(unfinished, directory / name)
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""
@@ -316,7 +321,7 @@ def _reason(error: Exception) -> str:
 def _read_config(path: Path) -> dict[str, int]:
     problem = InputError(f"{path}: is not a megamm tokenizer description; copy it again or remove it")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_whole(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         raise problem from None
     if not isinstance(config, dict) or config.get("format") != CONFIG_VERSION:

@@ -11,10 +11,13 @@ import io
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import weakref
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +27,7 @@ _PAGE = mmap.PAGESIZE
 _BLOCK = 1 << 20  # bytes; stays in the processor's cache from one use to the next
 _POPULATE_READ = 22  # of Linux's madvise, which the mmap module has no name for
 _libc = ctypes.CDLL(None)
+_MOST_VALUES = 1 << 20  # of an archive: tensors and what else is beside them
 _ZIP = b"PK\x03\x04"  # how an archive begins
 
 
@@ -65,9 +69,13 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
+        # not blocking: a named pipe in the place of a file would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
             # a private copy that is never written to: torch warns of memory that it may not change
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(descriptor)
         self.size = len(self._map)
         address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
         _maps[address] = address + self.size
@@ -177,6 +185,7 @@ def unpickled_extents(file: MappedFile, offset: int, length: int) -> Any:
     """
     if file.read(offset, len(_ZIP)) != _ZIP:
         raise UntrustedPickle("is no archive, as torch.save has written since release 1.6")
+    _refuse_bombs(file, offset, length)
     try:
         # numbers are not read for the meta device, but torch notes where they are
         content = torch.load(file.part(offset, length), map_location="meta", weights_only=True)
@@ -186,14 +195,40 @@ def unpickled_extents(file: MappedFile, offset: int, length: int) -> Any:
         raise UntrustedPickle(f"holds {what}, which is no tensor and might run code") from None
     except Exception as error:  # torch raises almost anything for damaged files
         raise ValueError(_first_line(error)) from None
-    return _with_extents(content, offset)
+    return _with_extents(content, offset, count(1))
 
 
-def _with_extents(content: Any, offset: int) -> Any:
+def _refuse_bombs(file: MappedFile, offset: int, length: int) -> None:
+    """What would take more memory than the file has bytes, before any of it is unpickled.
+
+    Raises:
+        UntrustedPickle: compressed members, or buffers of a size that the file only names.
+        ValueError: damaged.
+    """
+    try:
+        with zipfile.ZipFile(file.part(offset, length)) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise UntrustedPickle("holds compressed data, which torch.save does not write")
+            programs = [member for member in members if member.filename.endswith("/data.pkl")]
+            for program in programs:
+                for code, argument, _ in pickletools.genops(archive.read(program)):
+                    if code.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+                        raise UntrustedPickle("holds bytearray, which is no tensor and may have any size")
+    except UntrustedPickle:
+        raise
+    except Exception as error:  # damaged archives lead to errors of many kinds
+        raise ValueError(_first_line(error)) from None
+
+
+def _with_extents(content: Any, offset: int, number: Iterator[int]) -> Any:
+    """`content` with extents for tensors; `number` counts the values, since few bytes can name very many."""
+    if next(number) > _MOST_VALUES:
+        raise ValueError(f"holds more than {_MOST_VALUES} values")
     if isinstance(content, dict):
-        return {key: _with_extents(value, offset) for key, value in content.items()}
+        return {key: _with_extents(value, offset, number) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_with_extents(value, offset) for value in content]
+        return [_with_extents(value, offset, number) for value in content]
     if isinstance(content, torch.Tensor):
         start = getattr(content.untyped_storage(), "_checkpoint_offset", None)
         if start is None:

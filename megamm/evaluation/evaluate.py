@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from megamm.data.questions import Question, read_questions
 from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation.metrics import Score, exact_match, score
+from megamm.whole_files import written_whole
 
 TASKS = ("exact_match",)
 
@@ -131,12 +131,11 @@ def _with_progress(items: Sequence[int]) -> Iterable[int]:
 def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write rows as JSON lines; `out` appears when the last one is written. Returns the rows."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, written = out.with_name(out.name + ".unfinished"), []
-    with unfinished.open("w", encoding="utf-8") as file:
+    written = []
+    with written_whole(out) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             written.append(row)
-    os.replace(unfinished, out)
     return written
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megamm.convert.engine import read_json
+from megamm.convert.files import SourceFiles
 from megamm.errors import InputError
 from megamm.inference.model import Model, load
 
@@ -83,7 +84,6 @@ def compare_with_reference(checkpoint: Path, directory: Path, seed: int = 0) -> 
 def _reference(directory: Path) -> Any:
     try:
         import transformers
-        from safetensors import SafetensorError
     except ImportError:
         raise InputError("transformers: not installed; pip install 'megamm[hf]'") from None
     transformers.utils.logging.disable_progress_bar()
@@ -93,11 +93,12 @@ def _reference(directory: Path) -> Any:
             f"{directory / 'config.json'}: transformers has no class of its own with logits for model_type"
             f" {kind!r}; compare with one of {', '.join(CLASSES)}"
         )
+    SourceFiles(directory)  # says more clearly than transformers what is wrong with files of weights
     try:
         model, info = getattr(transformers, CLASSES[kind]).from_pretrained(
             directory, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # foreign files and foreign code lead to errors of any kind
         line = str(error).strip().partition("\n")[0]
         raise InputError(f"{directory}: transformers cannot load it ({line}); fetch it again") from None
     if info["missing_keys"]:

@@ -245,7 +245,8 @@ class CrossAttentionModel(VisionLanguageModel):
         super().__init__(recipe, *args, **kwargs)  # type: ignore[arg-type]
         # between stages the shape must be the same for every micro-batch
         rows = recipe.training.micro_batch_size if recipe.data.pack else 1  # what a packed row may hold
-        self.fixed_num_images = recipe.data.max_images * rows if recipe.parallel.pipeline > 1 else None
+        most = max(1, recipe.data.max_images * rows)  # one place where none is allowed, as without stages
+        self.fixed_num_images = most if recipe.parallel.pipeline > 1 else None
 
     def build_connector(self) -> nn.Module:
         model = self.model_config

@@ -18,6 +18,7 @@ from megamm.report.curves import Curves, make_buckets
 from megamm.report.read import Run, read_run
 from megamm.report.samples import panels_html, read_panels
 from megamm.report.style import SCRIPT, STYLE
+from megamm.whole_files import written_whole
 
 
 def write_report(directory: Path, out: Path) -> Run:
@@ -29,7 +30,7 @@ def write_report(directory: Path, out: Path) -> Run:
     """
     run = read_run(directory)
     try:
-        with open(out, "w", encoding="utf-8", errors="replace") as file:
+        with written_whole(out) as file:
             file.writelines(page(run, time.time()))
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from megamm.config import LogConfig
 from megamm.engine.manifest import Manifest, list_checkpoints, read_manifest
 from megamm.errors import InputError
+from megamm.recipe import parse_yaml
 from megamm.report.curves import Curves, read_curves
 from megamm.training.environment import FILE as ENVIRONMENT
 from megamm.training.environment import read_starts
 from megamm.training.incidents import FILE as INCIDENT_FILE
 from megamm.training.metrics import read_metrics
 
+MAX_RECIPE = 1 << 20  # characters of a recipe that is read
 EVENTS, QUARANTINED, INCIDENTS = 300, 50, 50  # how many are shown
 _STEP_LINE = re.compile(r"step +\d+/\d+ \|")
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)")
@@ -148,8 +148,8 @@ def _text(path: Path) -> str:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
+        recipe = parse_yaml(text, "recipe.yaml") if len(text) <= MAX_RECIPE else None
+    except InputError:
         return {}
     return recipe if isinstance(recipe, dict) else {}
 

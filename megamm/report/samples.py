@@ -13,6 +13,7 @@ from megamm.config import ImageConfig
 from megamm.data.image_header import ImageError
 from megamm.data.thumbnail import thumbnail
 from megamm.pages.text import escaped
+from megamm.whole_files import read_whole
 
 STEPS, QUESTIONS, PICTURES = 6, 24, 4  # newest steps, questions, pictures of each
 MAX_CHARACTERS = 1500  # of a question or an answer
@@ -65,7 +66,7 @@ def _folders(directory: Path, last_step: int) -> list[tuple[int, Path]]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(read_whole(path))
     except (OSError, ValueError, RecursionError):
         return []
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
@@ -104,7 +105,7 @@ def _picture(folder: Path, name: str, budget: int) -> str:
     try:
         if Path(name).name != name:
             raise ImageError("not a file of this step")
-        uri, _ = thumbnail((folder / name).read_bytes(), ImageConfig().max_pixels)
+        uri, _ = thumbnail(read_whole(folder / name), ImageConfig().max_pixels)
     except OSError as error:
         return f'<p class="bad">{shown}: {escaped(str(error.strerror))}</p>'
     except Exception as error:  # decoders meet damaged bytes with exceptions of any kind

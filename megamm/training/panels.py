@@ -26,6 +26,7 @@ from megamm.engine.ranks import describe, from_rank_0, gather_on_rank_0
 from megamm.errors import InputError
 from megamm.inference.greedy import Asking, evaluation_loader, load_pictures
 from megamm.inference.layout import LayoutModel
+from megamm.whole_files import read_whole
 
 MAX_SIDE = 256  # pixels of the copies of pictures
 
@@ -146,7 +147,7 @@ def _copies(question: Question, number: int, max_pixels: int) -> dict[str, bytes
     """Small copies of the pictures, which the loader could read."""
     found = {}
     for place, path in enumerate(question.images, start=1):
-        with open_image(path.read_bytes(), max_pixels) as image:
+        with open_image(read_whole(path), max_pixels) as image:
             small = to_rgb(image)
         small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
         stream = io.BytesIO()

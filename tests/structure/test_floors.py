@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megamm"
 FLOORS = [
     {
         *("", "config", "recipe", "recipe_checks", "recipe_presets", "errors", "batch", "device", "ops"),
-        "pages",
+        *("pages", "whole_files"),
     },
     {"engine"},
     {"layers"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from megamm.errors import RunError
+from megamm.whole_files import written_whole
 
 Finding = dict[str, Any]
 
@@ -99,27 +101,32 @@ def _shown(one: Finding) -> str:
 
 
 class Account(AbstractContextManager["Account"]):
-    """Counts findings, keeps the first of each kind, and writes all of them to a file as they come."""
+    """Counts findings, keeps the first of each kind, and writes all of them to a file, which
+    appears at the end."""
 
     def __init__(self, report: Report, examples: int, path: Path | None) -> None:
         self.report = report
         self._examples, self._path = examples, path
         self._file: IO[str] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Account:
         if self._path is not None:
             try:
-                self._file = open(self._path, "w", encoding="utf-8")
+                self._file = self._stack.enter_context(written_whole(self._path))
             except OSError as error:
                 raise self._failed(error) from None
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as problem:
-                raise self._failed(problem) from None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.__exit__(kind, error, where)
+        except OSError as problem:
+            if problem is error:
+                raise
+            raise self._failed(problem) from None
 
     def add(self, one: Finding) -> None:
         """Take up a finding."""

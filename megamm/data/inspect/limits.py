@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Optional, TypeVar
@@ -144,6 +145,6 @@ class Limits:
 
 def _sequence_length(data: DataConfig, directory: Path) -> int:
     """S of the rows that samples of `directory` stand in; of several, the smallest."""
-    place = directory.resolve()
-    lengths = [source.sequence_length for source in data.sources() if Path(source.path).resolve() == place]
+    place = os.path.realpath(directory)  # unlike Path.resolve, it takes links that lead to themselves
+    lengths = [s.sequence_length for s in data.sources() if os.path.realpath(s.path) == place]
     return min(lengths, default=data.sequence_length)

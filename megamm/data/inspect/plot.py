@@ -14,6 +14,7 @@ from megamm.data.inspect.histogram import Histogram
 from megamm.data.inspect.stats import Statistics
 from megamm.errors import RunError
 from megamm.pages.axis import nice_above, tick_label, ticks
+from megamm.whole_files import written_whole
 
 PANEL_W, PANEL_H, GAP_X, GAP_Y, MARGIN, TOP = 330, 190, 80, 112, 66, 124
 COLUMNS, BARS, FEW = 3, 40, 24  # a histogram of at most FEW different values has a bar for each
@@ -52,7 +53,8 @@ def write_plot(statistics: Statistics, path: Path, sequence_length: int | None =
         RunError: the file cannot be written.
     """
     try:
-        path.write_text(draw(statistics, sequence_length), encoding="utf-8")
+        with written_whole(path) as file:
+            file.write(draw(statistics, sequence_length))
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}); choose another --plot") from None
 

@@ -17,6 +17,7 @@ from megamm.data.inspect.token_text import TokenTexts
 from megamm.data.order import samples_at
 from megamm.data.thumbnail import thumbnail
 from megamm.errors import InputError, RunError
+from megamm.whole_files import written_whole
 
 MAX_PICTURES, MAX_TOKENS = 16, 8192  # of a sample
 MAX_NAMES = 20  # of sources, and of folders and tars
@@ -41,7 +42,7 @@ def write_preview(
         chosen = _chosen(dataset, rows, sample, seed)
         previewer = Previewer(dataset, TokenTexts(dataset.tokenizer()), limits)
         try:
-            with open(out, "w", encoding="utf-8", errors="replace") as file:
+            with written_whole(out) as file:
                 file.writelines(previewer.page(chosen))
         except OSError as error:
             raise RunError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
