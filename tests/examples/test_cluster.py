@@ -4,6 +4,7 @@ the tasks of two "nodes" here, torchrun is the real one."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -192,6 +193,29 @@ def test_torchrun_ends_as_the_run_does(tmp_path: Path, dataset_dir: Path, tokeni
     assert done.returncode == 2, done.stderr
     assert f"megamm: training.init_from: {tmp_path / 'none'}: no checkpoint here" in done.stderr
     assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([69, -9], 69),
+        ([-9, -15], 69),
+        ([75, -15], 75),
+        ([69, 2], 2),
+        ([-15, 1], 1),
+        ([69, 70, -6], 70),
+        ([0, -11], 69),
+        ([-15, 130], 130),
+    ],
+)
+def test_the_exit_code_of_many(codes: list[int], code: int) -> None:
+    """What would end the same way again, or was asked for, decides; else that a rank was lost."""
+    path = CLUSTER / "torchrun.py"
+    spec = importlib.util.spec_from_file_location("cluster_torchrun", path)
+    assert spec is not None and spec.loader is not None
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    assert launcher.verdict(codes) == code
 
 
 def test_ctrl_c_ends_torchrun_and_its_ranks(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
