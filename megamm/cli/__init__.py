@@ -2,6 +2,7 @@
 
 entry.py      parser, errors to one sentence on stderr, exit codes
 train.py      train
+launched.py   what a rank that torchrun has started owes it
 report.py     report
 data.py       prepare
 tokenizer.py  prepare tokenizer

@@ -235,21 +235,47 @@ def test_ctrl_c_ends_torchrun_and_its_ranks(tmp_path: Path, dataset_dir: Path, t
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_two_machines_without_slurm(
-    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
-) -> None:
-    stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+@contextlib.contextmanager
+def two_machines(folder: Path, recipe: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A launcher for each of two "machines" with one process each, which find each other."""
+    stage = stage_script(folder, recipe)
     variables = environment(NNODES=2, PROCESSES_PER_NODE=1, RDZV_ENDPOINT=f"localhost:{free_port()}")
-    with (tmp_path / "log").open("wb") as log:
+    with (folder / "log").open("wb") as log:
         machines = [
             subprocess.Popen(["bash", stage], env=variables, stdout=log, stderr=log, start_new_session=True)
             for _ in range(2)
         ]
     try:
-        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path / "log").read_text()
+        yield machines
     finally:
         for machine in machines:
             kill(machine)
+
+
+def test_two_machines_without_slurm(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    with two_machines(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir)) as machines:
+        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path / "log").read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_rank_of_two_machines_is_killed(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path, machine: int
+) -> None:
+    """The launchers need not count the same restarts."""
+    with two_machines(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir)) as machines:
+        for step in (3, 7):
+            wait_for_step(tmp_path / "run", step, machines[machine])
+            children = psutil.Process(machines[machine].pid).children(recursive=True)
+            (rank,) = [
+                child for child in children if "train" in child.cmdline() and "RANK" in child.environ()
+            ]
+            rank.kill()
+            psutil.wait_procs([rank], timeout=10)
+        assert [one.wait(200) for one in machines] == [0, 0], (tmp_path / "log").read_text()[-5000:]
     assert_same_end(uninterrupted, tmp_path / "run")
 
 
