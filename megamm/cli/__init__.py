@@ -3,6 +3,7 @@
 entry.py      parser, errors to one sentence on stderr, exit codes
 interrupt.py  Ctrl-C
 train.py      train
+launched.py   what a rank that torchrun has started owes it
 report.py     report
 data.py       prepare
 tokenizer.py  prepare tokenizer

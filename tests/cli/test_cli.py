@@ -17,7 +17,7 @@ import pytest
 
 from megamm.cli import doctor
 from megamm.cli import entry as cli
-from megamm.errors import InputError, RunError
+from megamm.errors import UNEXPECTED, InputError, RunError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "quickstart" / "llava.yaml"
@@ -219,9 +219,13 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in err and err.endswith("megamm: x: y\n")
 
 
-def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        failing(ZeroDivisionError(), monkeypatch)
+def test_defects_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that ends so may be started again; its exit code is not that of an error which would come
+    back."""
+    assert failing(ZeroDivisionError("by what"), monkeypatch) == UNEXPECTED
+    assert capsys.readouterr().err.endswith("ZeroDivisionError: by what\n")
 
 
 def test_other_ranks_speak_last_and_say_who_they_are(

@@ -4,6 +4,7 @@ the tasks of two "nodes" here, torchrun is the real one."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -194,6 +195,29 @@ def test_torchrun_ends_as_the_run_does(tmp_path: Path, dataset_dir: Path, tokeni
     assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([69, -9], 69),
+        ([-9, -15], 69),
+        ([75, -15], 75),
+        ([69, 2], 2),
+        ([-15, 1], 1),
+        ([69, 70, -6], 70),
+        ([0, -11], 69),
+        ([-15, 130], 130),
+    ],
+)
+def test_the_exit_code_of_many(codes: list[int], code: int) -> None:
+    """What would end the same way again, or was asked for, decides; else that a rank was lost."""
+    path = CLUSTER / "torchrun.py"
+    spec = importlib.util.spec_from_file_location("cluster_torchrun", path)
+    assert spec is not None and spec.loader is not None
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    assert launcher.verdict(codes) == code
+
+
 def test_ctrl_c_ends_torchrun_and_its_ranks(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
     stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
     variables = environment(PROCESSES_PER_NODE=2)
@@ -211,21 +235,47 @@ def test_ctrl_c_ends_torchrun_and_its_ranks(tmp_path: Path, dataset_dir: Path, t
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_two_machines_without_slurm(
-    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
-) -> None:
-    stage = stage_script(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir))
+@contextlib.contextmanager
+def two_machines(folder: Path, recipe: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A launcher for each of two "machines" with one process each, which find each other."""
+    stage = stage_script(folder, recipe)
     variables = environment(NNODES=2, PROCESSES_PER_NODE=1, RDZV_ENDPOINT=f"localhost:{free_port()}")
-    with (tmp_path / "log").open("wb") as log:
+    with (folder / "log").open("wb") as log:
         machines = [
             subprocess.Popen(["bash", stage], env=variables, stdout=log, stderr=log, start_new_session=True)
             for _ in range(2)
         ]
     try:
-        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path / "log").read_text()
+        yield machines
     finally:
         for machine in machines:
             kill(machine)
+
+
+def test_two_machines_without_slurm(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path
+) -> None:
+    with two_machines(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir)) as machines:
+        assert [machine.wait(120) for machine in machines] == [0, 0], (tmp_path / "log").read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_rank_of_two_machines_is_killed(
+    tmp_path: Path, uninterrupted: Path, dataset_dir: Path, tokenizer_dir: Path, machine: int
+) -> None:
+    """The launchers need not count the same restarts."""
+    with two_machines(tmp_path, write_recipe(tmp_path, dataset_dir, tokenizer_dir)) as machines:
+        for step in (3, 7):
+            wait_for_step(tmp_path / "run", step, machines[machine])
+            children = psutil.Process(machines[machine].pid).children(recursive=True)
+            (rank,) = [
+                child for child in children if "train" in child.cmdline() and "RANK" in child.environ()
+            ]
+            rank.kill()
+            psutil.wait_procs([rank], timeout=10)
+        assert [one.wait(200) for one in machines] == [0, 0], (tmp_path / "log").read_text()[-5000:]
     assert_same_end(uninterrupted, tmp_path / "run")
 
 

@@ -210,7 +210,7 @@ def test_ranks_do_not_outlive_their_launcher(
 def test_wrong_input_is_not_started_again(tmp_path: Path, recipe: Path) -> None:
     """Under torchrun itself: the sentence once, and each restart says that it is in vain."""
     with Launch(recipe, tmp_path / "log", f"--training.init_from={tmp_path / 'none'}") as launch:
-        assert launch.wait(120) == 1
+        assert launch.wait(240) == 1
     assert launch.output().count("training.init_from:") - launch.output().count("(training.init_from:") == 1
     assert launch.output().count("this launch has ended with exit code 2") == 3
 
