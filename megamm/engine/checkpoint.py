@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,14 +28,14 @@ from megamm.engine.loading import (
     read_weights,
     tokenizer_directory,
 )
-from megamm.engine.manifest import FileEntry, Manifest, Progress, Verification, resolve
+from megamm.engine.manifest import INCOMPLETE, FileEntry, Manifest, Progress, Verification, resolve
 from megamm.engine.ranks import describe, gather, gather_on_rank_0, on_rank_0
+from megamm.engine.restricted import read_index
 from megamm.engine.sharded_files import (
     FileWriter,
     HostCopies,
     ShardedSave,
     WrittenFile,
-    read_index,
 )
 from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
 from megamm.engine.weight_files import StreamedTensor, WeightFiles, whole_tensors, write_streamed
@@ -53,7 +55,6 @@ __all__ = [
     "write_weights",
 ]
 
-_INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
 _POLL_INTERVAL = 0.02  # seconds between looks at the other ranks, while nothing else is to be done
 
 
@@ -62,6 +63,8 @@ class _Pending:
     """A checkpoint whose files are being written.
 
     Attributes:
+        temporary, final: where the files are written, and the name that they get.
+        must_succeed: the run cannot go on without it.
         saves: by directory, "shards" and, unless its files are links, "frozen".
         linked: files of frozen weights that an earlier checkpoint has too.
         weights: the frozen ones.
@@ -70,6 +73,8 @@ class _Pending:
 
     progress: Progress
     temporary: Path
+    final: Path
+    must_succeed: bool
     saves: dict[str, ShardedSave]
     writer: FileWriter
     linked: FrozenFiles | None
@@ -110,9 +115,22 @@ class Checkpoints:
         self._copies = HostCopies()
         self._was_validated = False
         self._link_failure: str | None = None
+        self._failures = 0  # saves in a row
+        self._last_good: Path | None = None
 
     def load_newest(self) -> Progress | None:
-        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`."""
+        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`. What killed
+        saves have left is removed."""
+
+        def tidy() -> str | None:
+            try:
+                manifests.tidy(self.directory)
+            except OSError as error:
+                return describe(error)
+            return None
+
+        if failure := on_rank_0(tidy, f"{self.directory}: cannot be read"):
+            self.report(f"{self.directory}: what a killed save left cannot be removed ({failure})")
         found = load_newest(
             self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report
         )
@@ -120,24 +138,41 @@ class Checkpoints:
             return None
         weights = frozen_weights.find_frozen(model_state(self._models, self._groups))
         self._frozen_files = frozen_weights.loaded_files(found.path, found.manifest.files, weights)
+        self._last_good = found.path
         return found.manifest.progress
 
     # --- saving ---------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, must_succeed: bool = False) -> None:
         """Begin a checkpoint. It exists under its name only once it is complete: at a later `poll`, or when
         this returns if the recipe wants no asynchronous saving. Ends the one before first.
 
+        One that cannot be written is reported, and training goes on, as long as no more than
+        `checkpoint.max_failures` fail in a row. All ranks come to know of it, here or at the next
+        `poll` or `wait`.
+
+        Args:
+            must_succeed: nothing comes after it that could make up for it.
         Raises:
-            RunError: this or the one before cannot be written.
+            RunError: it cannot be written and must succeed, or too many in a row could not.
         """
         self.wait()
         started = time.perf_counter()
-        temporary = self.directory / f"{_INCOMPLETE}{manifests.step_directory(progress.step)}"
-        is_asynchronous = self._recipe.checkpoint.asynchronous
+        final = self.directory / manifests.step_directory(progress.step)
+        try:
+            self._pending = self._begin(progress, final, must_succeed, started)
+        except RunError as error:
+            self._tolerate(error, must_succeed)
+            return
+        self._pending.seconds = time.perf_counter() - started
+        if not self._recipe.checkpoint.asynchronous:
+            self.wait()
 
-        # 1. a fresh directory; what a killed save left behind goes
-        on_rank_0(partial(self._prepare, temporary), f"{temporary}: cannot be created")
+    def _begin(self, progress: Progress, final: Path, must_succeed: bool, started: float) -> _Pending:
+        """Copy what training will change, write the small files, and start the threads for the large ones."""
+        # 1. a fresh directory, which no rank of an earlier start can know; what a killed save left goes
+        failure = f"{final}: cannot be written"
+        temporary: Path = on_rank_0(partial(self._prepare, final), failure)
 
         # 2. who writes what; frozen weights only if no earlier checkpoint of this run has them
         state = state_to_save(self._models, self._optimizer, self._groups)
@@ -145,7 +180,7 @@ class Checkpoints:
         linked = self._link(weights, temporary)
         taken = frozen_weights.take_frozen(state, weights)
         validate = not self._was_validated
-        copies = self._copies if is_asynchronous else None
+        copies = self._copies if self._recipe.checkpoint.asynchronous else None
         saves = {"shards": ShardedSave(state, temporary / "shards", copies, validate)}
         if weights.dtypes and linked is None:  # of all ranks: this one may have none
             # no copies: nothing changes them before they are written
@@ -154,41 +189,67 @@ class Checkpoints:
 
         # 3. the small files now, the large ones in threads
         def write_small() -> None:
-            for save in saves.values():
-                save.directory.mkdir(exist_ok=True)
-            saves["shards"].write_common(dict(CONTENT))
-            _describe(temporary, self._recipe, self._tokenizer)
+            with _removed_on_failure(temporary):
+                for save in saves.values():
+                    save.directory.mkdir(exist_ok=True)
+                saves["shards"].write_common(dict(CONTENT))
+                _describe(temporary, self._recipe, self._tokenizer)
 
-        on_rank_0(write_small, f"{temporary}: cannot be written")
+        on_rank_0(write_small, failure)
         writer = FileWriter([file for save in saves.values() for file in save.files])
-        self._pending = _Pending(progress, temporary, saves, writer, linked, weights, started)
-        self._pending.seconds = time.perf_counter() - started
-        if not is_asynchronous:
-            self.wait()
+        return _Pending(progress, temporary, final, must_succeed, saves, writer, linked, weights, started)
 
     def poll(self) -> None:
         """Commit the pending checkpoint if all ranks have written their files; costs nothing without one.
 
         Raises:
-            RunError: a rank could not write; on every rank.
+            RunError: a rank could not write, see `save`; on every rank.
         """
-        if self._pending is not None and not self._is_anyone_writing(self._pending):
-            self._commit(self._pending)
+        if self._pending is not None:
+            self._advance(self._pending)
 
     def wait(self) -> None:
         """Commit the pending checkpoint, waiting for its files.
 
         Raises:
-            RunError: a rank could not write; on every rank.
+            RunError: a rank could not write, see `save`; on every rank.
         """
         started = time.perf_counter()
         while self._pending is not None:
             # short collectives: none of them has to last as long as the slowest rank's disk
-            if self._is_anyone_writing(self._pending):
+            if not self._advance(self._pending, started):
                 time.sleep(_POLL_INTERVAL)
-            else:
-                self._pending.seconds += time.perf_counter() - started
-                self._commit(self._pending)
+
+    def _advance(self, pending: _Pending, standing_since: float | None = None) -> bool:
+        """Commit a checkpoint if its files are written, or give it up if they cannot be; whether it is over.
+
+        Args:
+            standing_since: when training began to wait for it.
+        """
+        started = time.perf_counter() if standing_since is None else standing_since
+        try:
+            if self._is_anyone_writing(pending):
+                return False
+            self._commit(pending, started)
+        except RunError as error:
+            self._pending = None
+            self._tolerate(error, pending.must_succeed)
+        return True
+
+    def _tolerate(self, error: RunError, must_succeed: bool) -> None:
+        """Go on after a failed save, if that is allowed."""
+        self._failures += 1
+        limit = self._recipe.checkpoint.max_failures
+        if must_succeed or self._failures > limit:
+            good = (
+                f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no other"
+            )
+            raise RunError(f"{error}; {good}") from error
+        good = f"the last good one is {self._last_good.name}" if self._last_good else "there is none yet"
+        self.report(
+            f"warning: no checkpoint was saved, {good}: {error}; training goes on and tries again "
+            f"({self._failures} in a row, {limit} are allowed)"
+        )
 
     def abandon(self) -> None:
         """Give up the pending checkpoint, on this rank alone: the way out when training has failed."""
@@ -196,10 +257,12 @@ class Checkpoints:
             self._pending.writer.cancel()
             self._pending = None
 
-    def _prepare(self, temporary: Path) -> None:
-        for left in self.directory.glob(f"{_INCOMPLETE}*"):
-            shutil.rmtree(left)
-        (temporary / "shards").mkdir(parents=True)
+    def _prepare(self, final: Path) -> Path:
+        manifests.tidy(self.directory)
+        temporary = self.directory / f"{INCOMPLETE}{final.name}-{secrets.token_hex(4)}"
+        with _removed_on_failure(temporary):
+            (temporary / "shards").mkdir(parents=True)
+        return temporary
 
     def _link(self, weights: FrozenWeights, temporary: Path) -> FrozenFiles | None:
         """Take over the files of frozen weights from the checkpoint before, if they are the same."""
@@ -237,32 +300,42 @@ class Checkpoints:
         errors = [text for text in gather(describe(error) if error else None) if text]
         if dist.get_rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
-        raise RunError(
-            f"{pending.temporary}: cannot be written ({errors[0]}); free space or fix the permissions"
-        )
+        raise RunError(f"{pending.final}: cannot be written ({errors[0]}); free space or fix the permissions")
 
-    def _commit(self, pending: _Pending) -> None:
+    def _commit(self, pending: _Pending, started: float) -> None:
         """The index of the files, the manifest, and with it the name; old checkpoints go."""
-        started = time.perf_counter()
         self._pending = None
         written = gather_on_rank_0(pending.writer.results())
-        final = self.directory / manifests.step_directory(pending.progress.step)
+        final = pending.final
 
-        def commit() -> dict[str, FileEntry]:
+        def commit() -> tuple[dict[str, FileEntry], str | None]:
             assert written is not None
-            manifest = self._complete(pending, [file for part in written for file in part])
-            manifests.commit(pending.temporary, final, manifest)
-            manifests.remove_old(self.directory, self._recipe.checkpoint.keep)
-            return {name: entry for name, entry in manifest.files.items() if name.startswith(f"{FROZEN}/")}
+            with _removed_on_failure(pending.temporary):
+                manifest = self._complete(pending, [file for part in written for file in part])
+                manifests.commit(pending.temporary, final, manifest)
+            of_frozen = {name: each for name, each in manifest.files.items() if name.startswith(f"{FROZEN}/")}
+            return of_frozen, self._remove_old()
 
-        files = on_rank_0(commit, f"{final}: cannot be committed")
+        files, remark = on_rank_0(commit, f"{final}: cannot be written")
         self._frozen_files = FrozenFiles(final, files, pending.weights) if files else None
+        self._last_good, self._failures = final, 0
         now = time.perf_counter()
         pending.seconds += now - started
         self.report(
             f"saved {final} in {now - pending.started:.1f} s, for {pending.seconds:.1f} s of which training "
             "stood still"
         )
+        if remark:
+            self.report(remark)
+
+    def _remove_old(self) -> str | None:
+        """Delete what need not be kept; returns why that could not be done (rank 0 alone)."""
+        config = self._recipe.checkpoint
+        try:
+            manifests.remove_old(self.directory, config.keep, config.keep_every)
+        except (OSError, InputError) as error:
+            return f"warning: {self.directory}: old checkpoints cannot be deleted ({describe(error)})"
+        return None
 
     def _complete(self, pending: _Pending, written: list[WrittenFile]) -> Manifest:
         """Write the indices, and describe every file (rank 0 alone)."""
@@ -288,6 +361,16 @@ class Checkpoints:
             data_position=pending.progress.data_position,
             data_sources=pending.progress.data_sources,
         )
+
+
+@contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that cannot be written: it takes the space that others need."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], object] | None) -> None:
@@ -321,7 +404,8 @@ def write_weights(
     if out.exists():
         raise InputError(f"{out}: already exists; choose another --out or remove it")
     streamed = whole_tensors(tensors) if isinstance(tensors, Mapping) else tensors
-    temporary = out.parent / f"{_INCOMPLETE}{out.name}"
+    temporary = out.parent / f"{INCOMPLETE}{out.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         (temporary / "shards").mkdir(parents=True)
         written = write_streamed(streamed, temporary / "shards")

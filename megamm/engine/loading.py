@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megamm.config import Recipe
 from megamm.engine import manifest as manifests
 from megamm.engine.groups import Groups
-from megamm.engine.manifest import Manifest
+from megamm.engine.manifest import DamagedCheckpoint, Manifest
 from megamm.engine.optimizer_state import groups_of, load_state
-from megamm.engine.ranks import gather
-from megamm.engine.sharded_files import load_sharded, read_index, saved_tensors, tensors_of
+from megamm.engine.ranks import from_rank_0, gather
+from megamm.engine.restricted import read_common, read_index
+from megamm.engine.sharded_files import load_sharded, saved_tensors, tensors_of
 from megamm.engine.sharded_state import chunk_key, model_state, state_to_load
 from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError
@@ -56,30 +56,17 @@ def load_newest(
         InputError: checkpoints exist, but none is good (never silently starts from step 0), or the newest
             good one was trained with other frozen parts.
     """
-    candidates = gather(manifests.list_checkpoints(directory))[0]  # rank 0's view decides
+    # rank 0's view decides
+    candidates: list[Path] = from_rank_0(lambda: manifests.list_checkpoints(directory))
     damage: list[str] = []
     for checkpoint in candidates:
         try:
-            manifest = verify_shared_out(checkpoint)
-        except InputError as error:
+            return _load(checkpoint, models, optimizer, recipe, groups, report)
+        except DamagedCheckpoint as error:
             if recipe.resume.strict:
                 raise
             damage.append(str(error))
             report(f"checkpoint passed over: {error}")
-            continue
-        if not manifest.has_optimizer:
-            raise InputError(
-                f"{checkpoint}: holds weights without optimizer state, so no run can go on from it; name it "
-                "in training.init_from and take another run_dir"
-            )
-        if manifest.recipe_sha256 != recipe_hash(recipe):
-            report(f"the recipe is not the one that {checkpoint.name} was saved with, see its recipe.yaml")
-        state = state_to_load(models, optimizer, groups)
-        _refuse_other_optimizer(checkpoint, state["optimizer"])
-        loaded = load_sharded(state, checkpoint / "shards")
-        load_models(models, loaded)
-        load_state(optimizer, loaded["optimizer"])
-        return Loaded(checkpoint, manifest)
     if candidates:
         raise InputError(
             f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
@@ -88,19 +75,45 @@ def load_newest(
     return None
 
 
-def verify_shared_out(checkpoint: Path) -> Manifest:
+def _load(
+    checkpoint: Path,
+    models: list[Any],
+    optimizer: Any,
+    recipe: Recipe,
+    groups: Groups,
+    report: Callable[[str], None],
+) -> Loaded:
+    manifest = verify_shared_out(checkpoint, of_a_run=True)
+    if not manifest.has_optimizer:
+        raise InputError(
+            f"{checkpoint}: holds weights without optimizer state, so no run can go on from it; name it "
+            "in training.init_from and take another run_dir"
+        )
+    if manifest.recipe_sha256 != recipe_hash(recipe):
+        report(f"the recipe is not the one that {checkpoint.name} was saved with, see its recipe.yaml")
+    state = state_to_load(models, optimizer, groups)
+    _refuse_other_optimizer(checkpoint, state["optimizer"])
+    loaded = load_sharded(state, checkpoint / "shards")
+    load_models(models, loaded)
+    load_state(optimizer, loaded["optimizer"])
+    return Loaded(checkpoint, manifest)
+
+
+def verify_shared_out(checkpoint: Path, of_a_run: bool = False) -> Manifest:
     """`manifests.verify` with the hashing dealt out over the ranks; all ranks come to the same verdict."""
+    read = manifests.read_committed if of_a_run else manifests.read_manifest
     try:
-        manifest: Manifest | None = manifests.read_manifest(checkpoint)
+        manifest: Manifest | None = read(checkpoint)
         names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()] if manifest else []
         damage = manifests.find_damage(checkpoint, names, manifest.files) if manifest else []
-    except InputError as error:
-        manifest, damage = None, [str(error)]
-    everywhere = [phrase for part in gather(damage) for phrase in part]
-    if everywhere or manifest is None:
-        raise InputError(
-            "; ".join(dict.fromkeys(everywhere)) + "; use another checkpoint or restore the file"
-        )
+        unreadable: list[str] = []
+    except DamagedCheckpoint as error:
+        manifest, damage, unreadable = None, [], [str(error)]
+    everywhere = gather((damage, unreadable))
+    for sentence in (text for _, part in everywhere for text in part):
+        raise DamagedCheckpoint(sentence)
+    manifests.refuse([phrase for part, _ in everywhere for phrase in part])
+    assert manifest is not None
     return manifest
 
 
@@ -142,7 +155,7 @@ def _refuse_other_groups(checkpoint: Path, optimizer_state: dict[str, Any]) -> N
     groups = groups_of(optimizer_state)
     if not any("params" in group for group in groups):
         return
-    there = groups_of(load_common_state_dict(str(checkpoint / "shards"))["optimizer"])
+    there = groups_of(read_common(checkpoint / "shards")["optimizer"])
     if len(there) != len(groups):
         raise InputError(
             f"{checkpoint}: its optimizer state is that of {len(there)} groups of weights, and this recipe "

@@ -36,8 +36,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.manifest import FileEntry, hash_file
-from megamm.engine.ranks import gather_on_rank_0
+from megamm.engine.manifest import DamagedCheckpoint, FileEntry, hash_file
+from megamm.engine.ranks import gather, gather_on_rank_0
+from megamm.engine.restricted import COMMON, RestrictedCommon, read_common, read_index
 from megamm.errors import InputError
 
 _THREADS = 2  # files per rank and directory
@@ -128,7 +129,9 @@ class ShardedSave:
 
 def write_common(common: dict[str, Any], content_metadata: dict[str, Any], directory: Path) -> None:
     """Write the small files of a directory: what lies in no shard, and the name of the format."""
-    torch.save({**common, "content_metadata": content_metadata}, directory / "common.pt")
+    content = io.BytesIO()  # written to a path, torch.save reports a full disk as a RuntimeError
+    torch.save({**common, "content_metadata": content_metadata}, content)
+    (directory / COMMON).write_bytes(content.getbuffer())
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
@@ -210,27 +213,45 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fill a sharded state dict from any layout's files (collective over all ranks).
 
     Raises:
+        DamagedCheckpoint: a file cannot be read.
+        UntrustedCheckpoint: a file holds what might run code.
         InputError: tensors are missing or have other shapes.
     """
     try:
-        return dist_checkpointing.load(state, str(directory))
+        read_index(directory)
+        read_common(directory)
+        refusal = None
+    except InputError as error:
+        refusal = error
+    # megatron reads these on each rank by itself: one that cannot must not leave the others waiting
+    if refusals := [each for each in gather(refusal) if each]:
+        raise refusals[0]
+    try:
+        return dist_checkpointing.load(state, str(directory), common_strategy=RestrictedCommon())
     except BaseException as error:  # megatron's CheckpointException is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(
-            f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that "
-            "the recipe's model section is the one of the checkpoint"
-        ) from error
+        raise _reason(error, directory) from error
+
+
+def _reason(error: BaseException, directory: Path) -> InputError:
+    """What a failed load tells the user; torch hands over the errors of all ranks in one of its own."""
+    failures = getattr(error, "failures", {})
+    for cause in [pair[0] for pair in failures.values()] or [error]:
+        if isinstance(cause, InputError):
+            return cause
+        if isinstance(cause, OSError):
+            path = cause.filename or directory
+            return DamagedCheckpoint(f"{path}: cannot be read ({cause.strerror}); use another checkpoint")
+    return InputError(
+        f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that "
+        "the recipe's model section is the one of the checkpoint"
+    )
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def read_index(directory: Path) -> Metadata:
-    """The index of a directory of sharded files."""
-    return dcp.FileSystemReader(str(directory)).read_metadata()
 
 
 def tensors_of(index: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

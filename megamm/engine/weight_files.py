@@ -30,14 +30,23 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.manifest import FileEntry
-from megamm.engine.mapped_files import Extent, MappedFile, blocks, give_back, unpickled_extents
-from megamm.engine.sharded_files import read_index, write_common
+from megamm.engine.manifest import DamagedCheckpoint, FileEntry, UntrustedCheckpoint
+from megamm.engine.mapped_files import (
+    Extent,
+    MappedFile,
+    UntrustedPickle,
+    blocks,
+    give_back,
+    unpickled_extents,
+)
+from megamm.engine.restricted import read_index, untrusted
+from megamm.engine.sharded_files import write_common
 
 THREADS = min(4, os.cpu_count() or 1)
 _MAX_FILE = 4 * 1000**3  # bytes, but a tensor is never split
 _FILES_PER_THREAD = 4  # so that no thread ends much later than the others
 _ALIGNMENT = 64
+_NOT_OURS = "megamm has not written it so: use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     Tensors that lie in one piece are views of their file; do not change them.
 
     Raises:
-        ValueError: a file is not as the index says (when a tensor is asked for).
+        DamagedCheckpoint: the index, or a file when a tensor is asked for, cannot be read.
+        UntrustedCheckpoint: it is not an index, or a file is not as it says.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -224,7 +234,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             for place, info in index.storage_data.items()
             if place.fqn in self._tensors
         }
-        self._files: dict[str, MappedFile] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -253,11 +263,23 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         return whole
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        info = self._places[name, chunk.offsets]
-        if info.relative_path not in self._files:
-            self._files[info.relative_path] = MappedFile(self._directory / info.relative_path)
-        file = self._files[info.relative_path]
-        extent = unpickled_extents(file, info.offset, info.length)
-        if not isinstance(extent, Extent) or extent.shape != tuple(chunk.sizes):
-            raise ValueError(f"{file.path}: holds something else for {name} than its index says")
-        return file.tensor(extent)
+        info = self._places.get((name, chunk.offsets))
+        if info is None:
+            raise UntrustedCheckpoint(f"{self._directory}: its index has no place for {name}; {_NOT_OURS}")
+        path = self._directory / info.relative_path
+        try:
+            if path not in self._files:
+                self._files[path] = MappedFile(path)
+            file = self._files[path]
+            extent = unpickled_extents(file, info.offset, info.length)
+            if isinstance(extent, Extent) and extent.shape == tuple(chunk.sizes):
+                return file.tensor(extent)
+        except UntrustedPickle as error:
+            raise untrusted(path, error) from None
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"{path}: cannot be read ({error.strerror}); use another checkpoint"
+            ) from None
+        except ValueError:  # damaged: in another way not what the index says
+            pass
+        raise UntrustedCheckpoint(f"{path}: holds something else for {name} than its index says; {_NOT_OURS}")

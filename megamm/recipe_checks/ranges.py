@@ -67,6 +67,8 @@ NOT_NEGATIVE_KEYS = [
     "optimizer.clip_grad",
     "model.lora.rank",
     "checkpoint.interval",
+    "checkpoint.keep_every",
+    "checkpoint.max_failures",
     "validation.interval",
     "training.fp8.margin",
     "training.fp8.bf16_layers_at_start",

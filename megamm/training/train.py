@@ -96,7 +96,8 @@ def _run(session: Session, logger: RunLogger | None, stop_requests: StopRequests
             _check_finite(session, loss, grad_norm, progress.step)
             stop = stop_requests.agreed()
             if stop or _is_time_to_save(recipe, progress.step):
-                session.checkpoints.save(progress)
+                is_last = progress.step == recipe.training.steps
+                session.checkpoints.save(progress, must_succeed=bool(stop) or is_last)
             if stop and progress.step < recipe.training.steps:
                 _say(logger, f"{stop}: stopped after step {progress.step}, saved; the same command goes on")
                 break
