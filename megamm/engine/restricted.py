@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import io
+import os
 import pickle
 import re
 from dataclasses import is_dataclass
@@ -48,6 +49,7 @@ _MODULES = {module.__name__: module for module in (dcp_metadata, filesystem, pla
 
 def untrusted(path: Path, error: Exception) -> UntrustedCheckpoint:
     """The error of a file that holds what an unpickler has refused."""
+    path = Path(os.path.normpath(path))  # an index says "../frozen"
     name = re.search(r"(?:GLOBAL|holds) ([\w.]+)", str(error))
     what = name[1] if name else (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UntrustedCheckpoint(f"{path}: holds {what}; {_REMEDY}")
