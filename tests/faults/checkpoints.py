@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -13,6 +15,31 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megamm.engine import manifest as manifests
+
+STEPS = (9, 6, 3)  # of the checkpoints of a finished run, newest first
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """Paths below a checkpoint; of every kind."""
+    names = [manifests.MANIFEST, *manifests.files_below(checkpoint)]
+    assert {"recipe.yaml", "shards/.metadata", "shards/common.pt", "shards/metadata.json"} < set(names)
+    assert any(name.startswith("tokenizer/") for name in names)
+    assert any(name.startswith("frozen/") and name.endswith(".distcp") for name in names)
+    return names
+
+
+class Copy:
+    """A copy of the finished run, to be damaged and repaired again."""
+
+    def __init__(self, trained: Path, folder: Path) -> None:
+        self.source, self.run_dir = trained / "run", folder / "run"
+        self.directory = self.run_dir / "checkpoints"
+        shutil.copytree(self.source, self.run_dir)  # hard links become files of their own
+        self.newest, self.older, self.oldest = (self.directory / f"step_{step:08d}" for step in STEPS)
+
+    def repair(self) -> None:
+        shutil.rmtree(self.directory)
+        shutil.copytree(self.source / "checkpoints", self.directory)
 
 
 def remake_manifest(checkpoint: Path) -> None:
@@ -148,3 +175,60 @@ PLACES = {
         *(extra_state, pickle_in_extra_state, other_file),
     )
 }
+
+
+# --- damage ---------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, draw: Random) -> None:
+    """One bit."""
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(path: Path, draw: Random) -> None:
+    """The end is missing, or all of it."""
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.choice([0, len(content) - 1, draw.randrange(len(content))])])
+
+
+def delete(path: Path, draw: Random) -> None:
+    """The file is not there."""
+    path.unlink()
+
+
+def zero_fill(path: Path, draw: Random) -> None:
+    """Zeros where something was: what is left of a file when the power fails."""
+    content = bytearray(path.read_bytes())
+    begin = draw.choice([0, draw.randrange(len(content))])
+    while not any(content[begin:]):
+        begin = draw.randrange(len(content))
+    content[begin:] = bytes(len(content) - begin)
+    path.write_bytes(content)
+
+
+def lengthen(path: Path, draw: Random) -> None:
+    """Something more behind its end."""
+    path.write_bytes(path.read_bytes() + draw.randbytes(draw.choice([1, 4096])))
+
+
+def swap(one: Path, other: Path) -> None:
+    """Each has the other's content."""
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def swap_in_checkpoint(path: Path, draw: Random) -> None:
+    """Two files of one checkpoint."""
+    files = [each for each in path.parents[_depth(path)].rglob("*") if each.is_file()]
+    others = [each for each in files if each.read_bytes() != path.read_bytes()]
+    swap(path, draw.choice(sorted(others)))
+
+
+def _depth(path: Path) -> int:
+    return next(i for i, parent in enumerate(path.parents) if parent.name.startswith("step_"))
+
+
+DAMAGES = (flip, truncate, delete, zero_fill, lengthen, swap_in_checkpoint)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.checkpoints import Copy
 from tests.training.runs import run, write_recipe
 
 FROZEN = "--training.freeze=[vision]"
+OVERRIDES = ("--training.steps=9", "--optimizer.decay_steps=12")
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +19,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path, tokeniz
     weights. Not to be changed."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(folder, dataset_dir, tokenizer_dir)
-    overrides = [FROZEN, "--training.steps=9", "--optimizer.decay_steps=12"]
-    assert run(recipe, folder / "log", *overrides) == 0, (folder / "log").read_text()
+    assert run(recipe, folder / "log", FROZEN, *OVERRIDES) == 0, (folder / "log").read_text()
     return folder
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Copy:
+    return Copy(trained, tmp_path)

@@ -77,13 +77,15 @@ def write_recipe(folder: Path, dataset: Path, tokenizer: Path, assembly: str = "
 class Ranks:
     """Forks that find each other through torchrun's environment, and end together."""
 
-    def __init__(self, count: int, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, count: int, target: str, arguments: list[str], environment: dict[str, str], log: Path
+    ) -> None:
         self._forks: list[forks.Fork] = []
         forks.warm(count)
         port = str(free_port())
         for rank in range(count):
             place = torchrun_environment(rank, count, port)
-            self._forks.append(forks.start(rank, MEGAMM, arguments, {**environment, **place}, log))
+            self._forks.append(forks.start(rank, target, arguments, {**environment, **place}, log))
 
     def poll(self) -> int | None:
         """0 when all have ended well, the exit status of one that has not, or None while they run."""
@@ -111,15 +113,25 @@ Process = subprocess.Popen[bytes] | forks.Fork | Ranks
 MEGAMM = "tests.training.runs:megamm"
 
 
-def start(recipe: Path, log: Path, *overrides: str, processes: int = 1, fresh: bool = False) -> Process:
+def start(
+    recipe: Path,
+    log: Path,
+    *overrides: str,
+    processes: int = 1,
+    fresh: bool = False,
+    target: str = MEGAMM,
+    before: tuple[str, ...] = (),
+) -> Process:
     """Start `megamm train`; output goes to `log`. `fresh`: as a user does it, with Python, or
-    torchrun for several processes. Otherwise as forks, where they are possible."""
+    torchrun for several processes. Otherwise as forks, where they are possible; they call `target`, which
+    takes `before` and the arguments of the command line."""
     arguments = ["train", str(recipe), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if forks.possible(environment) and not fresh:
         if processes > 1:
-            return Ranks(processes, arguments, environment, log)
-        return forks.start(0, MEGAMM, arguments, environment, log)
+            return Ranks(processes, target, [*before, *arguments], environment, log)
+        return forks.start(0, target, [*before, *arguments], environment, log)
+    assert target == MEGAMM
     launcher = ["-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
