@@ -12,7 +12,6 @@ an orphan when a rank is killed. Threads write the same bytes.
 from __future__ import annotations
 
 import io
-import os
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.manifest import DamagedCheckpoint, FileEntry, hash_file
+from megamm.engine.hashed_file import HashedFile
+from megamm.engine.manifest import DamagedCheckpoint, FileEntry
 from megamm.engine.ranks import gather, gather_on_rank_0
 from megamm.engine.restricted import COMMON, RestrictedCommon, read_common, read_index
 from megamm.errors import InputError
@@ -189,15 +189,14 @@ class FileWriter:
 
     def _write(self, file: PlannedFile) -> WrittenFile:
         results, transforms = [], _StorageWriterTransforms()
-        with file.path.open("wb") as stream:
+        with HashedFile(file.path, start_disk=True) as stream:
             while file.items:
                 if self._cancelled.is_set():
                     raise CancelledError
                 item, value = file.items.pop(0)  # its memory is free once it is written
                 results.append(_write_value(stream, transforms, item, value, file.path.name))
-            stream.flush()
-            os.fsync(stream.fileno())
-        return WrittenFile(file.path, results, hash_file(file.path))
+            stream.sync()
+            return WrittenFile(file.path, results, stream.entry())
 
 
 def _write_value(stream: Any, transforms: Any, item: WriteItem, value: Any, key: str) -> WriteResult:

@@ -7,7 +7,6 @@ not depend on the size of the model.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megamm.engine.hashed_file import HashedFile
 from megamm.engine.manifest import DamagedCheckpoint, FileEntry, UntrustedCheckpoint
 from megamm.engine.mapped_files import (
     Extent,
@@ -71,14 +71,6 @@ def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[StreamedTenso
     """Tensors that are there already."""
     for name, tensor in tensors.items():
         yield StreamedTensor(name, tensor.dtype, tuple(tensor.shape), partial(tuple, (tensor,)))
-
-
-def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at a place of a file (descriptor)."""
-    rest = memoryview(data)
-    while rest:
-        count = os.pwrite(file, rest, offset)
-        rest, offset = rest[count:], offset + count
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def _describe(tensor: StreamedTensor) -> TensorStorageMetadata:
 
 def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, list[WriteResult]]:
     places = []
-    with _HashedFile(path) as file:
+    with HashedFile(path) as file:
         for tensor in tensors:
             begin = file.size
             before, after = _archive_around(tensor.dtype, tensor.shape)
@@ -154,29 +146,6 @@ def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, l
             places.append(WriteResult(place, info.length, info))
             file.write(bytes(-file.size % _ALIGNMENT))
         return file.entry(), places
-
-
-class _HashedFile:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def __enter__(self) -> _HashedFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        write_at(self._file.fileno(), data, self.size)
-        self.size += len(data)
-
-    def entry(self) -> FileEntry:
-        return FileEntry(self.size, self._hash.hexdigest())
 
 
 def _archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:

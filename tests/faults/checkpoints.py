@@ -223,7 +223,9 @@ def swap(one: Path, other: Path) -> None:
 def swap_in_checkpoint(path: Path, draw: Random) -> None:
     """Two files of one checkpoint."""
     files = [each for each in path.parents[_depth(path)].rglob("*") if each.is_file()]
-    others = [each for each in files if each.read_bytes() != path.read_bytes()]
+    others = [
+        each for each in files if each.name != manifests.MANIFEST and each.read_bytes() != path.read_bytes()
+    ]
     swap(path, draw.choice(sorted(others)))
 
 

@@ -47,6 +47,11 @@ def _around(owner: Any, name: str, before: Callable[..., None], after: Callable[
     setattr(owner, name, replaced)
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether it is the directory: torch renames its index, too."""
+    return path.name.startswith(manifest.INCOMPLETE)
+
+
 def nothing(*args: Any) -> None:
     pass
 
@@ -90,12 +95,12 @@ def half_manifest(at: At) -> None:
 
 def before_rename(at: At) -> None:
     """Everything is there but the name."""
-    _around(Path, "rename", lambda path, target: die() if at(path) else None, nothing)
+    _around(Path, "rename", lambda path, to: die() if _is_whole(path) and at(path) else None, nothing)
 
 
 def after_rename(at: At) -> None:
     """It has just got its name."""
-    _around(Path, "rename", nothing, lambda path, target: die() if at(path) else None)
+    _around(Path, "rename", nothing, lambda path, to: die() if _is_whole(path) and at(path) else None)
 
 
 def removal(at: At) -> None:

@@ -45,7 +45,8 @@ def killed_and_resumed(recipe: Path, run_dir: Path, phase: str, layout: str, asy
     assert run(recipe, log, *options, processes=processes) == 0, log.read_text()
     assert f"resumed at step {steps[0]}" in log.read_text()
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert names == {f"step_{step:08d}" for step in (3, 6, 9)}
+    # what is half removed goes with the next save
+    assert names == {f"step_{step:08d}" for step in (3, 6, 9) if phase != "removal" or step > 3}
 
 
 def assert_same(one: Path, other: Path) -> None:
