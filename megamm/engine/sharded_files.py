@@ -26,17 +26,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
-from torch.distributed.checkpoint.filesystem import (
-    SerializationFormat,
-    _StorageWriterTransforms,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megamm.engine.archives import archive_around
 from megamm.engine.hashed_file import HashedFile
 from megamm.engine.manifest import DamagedCheckpoint, FileEntry
+from megamm.engine.mapped_files import blocks
 from megamm.engine.ranks import gather, gather_on_rank_0
 from megamm.engine.restricted import COMMON, RestrictedCommon, read_common, read_index
 from megamm.errors import InputError
@@ -188,21 +186,31 @@ class FileWriter:
             future.exception()
 
     def _write(self, file: PlannedFile) -> WrittenFile:
-        results, transforms = [], _StorageWriterTransforms()
+        results = []
         with HashedFile(file.path, start_disk=True) as stream:
             while file.items:
                 if self._cancelled.is_set():
                     raise CancelledError
                 item, value = file.items.pop(0)  # its memory is free once it is written
-                results.append(_write_value(stream, transforms, item, value, file.path.name))
+                results.append(_write_value(stream, item, value, file.path.name))
             stream.sync()
             return WrittenFile(file.path, results, stream.entry())
 
 
-def _write_value(stream: Any, transforms: Any, item: WriteItem, value: Any, key: str) -> WriteResult:
-    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
-        value = value.clone()  # torch.save writes the whole storage that a tensor is a view of
-    return _write_item(transforms, stream, value, item, key, SerializationFormat.TORCH_SAVE)
+def _write_value(stream: HashedFile, item: WriteItem, value: Any, key: str) -> WriteResult:
+    begin = stream.size
+    if type(value) is torch.Tensor and value.layout is torch.strided:
+        before, after = archive_around(value.dtype, tuple(value.shape))
+        stream.write(before)
+        for block in blocks(value):
+            stream.write(block)
+        stream.write(after)
+    elif isinstance(value, io.BytesIO):
+        stream.write(value.getbuffer())
+    else:
+        torch.save(value, stream)  # type: ignore[arg-type]
+    length = stream.size - begin
+    return WriteResult(item.index, length, _StorageInfo(key, begin, length))
 
 
 # --- reading ------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ not depend on the size of the model.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megamm.engine.archives import archive_around
 from megamm.engine.hashed_file import HashedFile
 from megamm.engine.manifest import DamagedCheckpoint, FileEntry, UntrustedCheckpoint
 from megamm.engine.mapped_files import (
@@ -133,7 +133,7 @@ def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, l
     with HashedFile(path) as file:
         for tensor in tensors:
             begin = file.size
-            before, after = _archive_around(tensor.dtype, tensor.shape)
+            before, after = archive_around(tensor.dtype, tensor.shape)
             file.write(before)
             for piece in tensor.pieces():
                 for block in blocks(piece):
@@ -146,35 +146,6 @@ def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, l
             places.append(WriteResult(place, info.length, info))
             file.write(bytes(-file.size % _ALIGNMENT))
         return file.entry(), places
-
-
-def _archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the numbers of a tensor."""
-    frame = _Frame()
-    with torch.serialization.skip_data():  # the numbers are skipped, so this memory is never touched
-        torch.save(torch.empty(shape, dtype=dtype), cast(BinaryIO, frame))
-    return bytes(frame.before), bytes(frame.after)
-
-
-class _Frame(io.RawIOBase):
-    """Takes what is written before and behind the one place that is skipped."""
-
-    def __init__(self) -> None:
-        self.before, self.after = bytearray(), bytearray()
-        self._current = self.before
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._current += bytes(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence != os.SEEK_CUR or self._current is self.after:
-            raise AssertionError("torch.save skips more than the numbers of one tensor")
-        self._current = self.after
-        return len(self.before) + offset
 
 
 # --- reading ------------------------------------------------------------------------------------------
