@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megamm.config import Recipe
 from megamm.engine import frozen as frozen_weights
 from megamm.engine import manifest as manifests
+from megamm.engine.contents import all_files, describe_run, write_weights
 from megamm.engine.frozen import DIRECTORY as FROZEN
 from megamm.engine.frozen import FrozenFiles, FrozenWeights
 from megamm.engine.groups import Groups
@@ -38,9 +40,9 @@ from megamm.engine.sharded_files import (
     WrittenFile,
 )
 from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
-from megamm.engine.weight_files import StreamedTensor, WeightFiles, whole_tensors, write_streamed
+from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError, RunError
-from megamm.recipe import recipe_hash, recipe_to_yaml
+from megamm.recipe import recipe_hash
 
 __all__ = [
     "Checkpoints",
@@ -115,6 +117,7 @@ class Checkpoints:
         self._copies = HostCopies()
         self._was_validated = False
         self._link_failure: str | None = None
+        self._removal: Future[Any] | None = None  # of old checkpoints; on rank 0
         self._failures = 0  # saves in a row
         self._last_good: Path | None = None
 
@@ -193,7 +196,7 @@ class Checkpoints:
                 for save in saves.values():
                     save.directory.mkdir(exist_ok=True)
                 saves["shards"].write_common(dict(CONTENT))
-                _describe(temporary, self._recipe, self._tokenizer)
+                describe_run(temporary, self._recipe, self._tokenizer)
 
         on_rank_0(write_small, failure)
         writer = FileWriter([file for save in saves.values() for file in save.files])
@@ -219,6 +222,10 @@ class Checkpoints:
             # short collectives: none of them has to last as long as the slowest rank's disk
             if not self._advance(self._pending, started):
                 time.sleep(_POLL_INTERVAL)
+        try:
+            self._end_removal()
+        except OSError as error:
+            self.report(f"warning: {self.directory}: an old checkpoint cannot be deleted ({describe(error)})")
 
     def _advance(self, pending: _Pending, standing_since: float | None = None) -> bool:
         """Commit a checkpoint if its files are written, or give it up if they cannot be; whether it is over.
@@ -329,13 +336,28 @@ class Checkpoints:
             self.report(remark)
 
     def _remove_old(self) -> str | None:
-        """Delete what need not be kept; returns why that could not be done (rank 0 alone)."""
+        """Begin to delete what need not be kept, which for large files takes a while; returns why it, or that
+        of the save before, could not be done (rank 0 alone)."""
         config = self._recipe.checkpoint
         try:
-            manifests.remove_old(self.directory, config.keep, config.keep_every)
+            self._end_removal()
+            old = manifests.retire_old(self.directory, config.keep, config.keep_every)
         except (OSError, InputError) as error:
             return f"warning: {self.directory}: old checkpoints cannot be deleted ({describe(error)})"
+        pool = ThreadPoolExecutor(1, thread_name_prefix="removal")
+        self._removal = pool.submit(_delete, old)
+        pool.shutdown(wait=False)
         return None
+
+    def _end_removal(self) -> None:
+        """Wait until nothing more is deleted.
+
+        Raises:
+            OSError: something could not be.
+        """
+        removal, self._removal = self._removal, None
+        if removal is not None:
+            removal.result()
 
     def _complete(self, pending: _Pending, written: list[WrittenFile]) -> Manifest:
         """Write the indices, and describe every file (rank 0 alone)."""
@@ -357,7 +379,7 @@ class Checkpoints:
             layout={"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
             recipe_sha256=recipe_hash(self._recipe),
             has_optimizer=True,
-            files=_all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
+            files=all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
             data_position=pending.progress.data_position,
             data_sources=pending.progress.data_sources,
         )
@@ -373,48 +395,6 @@ def _removed_on_failure(directory: Path) -> Iterator[None]:
         raise
 
 
-def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], object] | None) -> None:
-    (directory / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    if tokenizer is not None:
-        tokenizer(directory / "tokenizer")
-
-
-def _all_files(directory: Path, hashed: dict[str, FileEntry]) -> dict[str, FileEntry]:
-    """Size and hash of every file below `directory`; only those not yet `hashed` are read."""
-    names = manifests.files_below(directory)
-    return {name: hashed.get(name) or manifests.hash_file(directory / name) for name in names}
-
-
-def write_weights(
-    out: Path,
-    tensors: Mapping[str, torch.Tensor] | Iterable[StreamedTensor],
-    recipe: Recipe,
-    tokenizer: Path | None,
-) -> Path:
-    """Write a checkpoint of weights only, from one process; any layout can load it.
-
-    Args:
-        out: the checkpoint's directory; must not exist.
-        tensors: whole tensors by their checkpoint names, or such as are made when they are written.
-        recipe: describes the model.
-        tokenizer: directory that is copied along, if there is one.
-    Raises:
-        InputError: `out` exists.
-    """
-    if out.exists():
-        raise InputError(f"{out}: already exists; choose another --out or remove it")
-    streamed = whole_tensors(tensors) if isinstance(tensors, Mapping) else tensors
-    temporary = out.parent / f"{INCOMPLETE}{out.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    try:
-        (temporary / "shards").mkdir(parents=True)
-        written = write_streamed(streamed, temporary / "shards")
-        _describe(temporary, recipe, partial(shutil.copytree, tokenizer) if tokenizer else None)
-        hashed = {path.relative_to(temporary).as_posix(): entry for path, entry in written.items()}
-        layout = {"tensor": 1, "pipeline": 1, "data": 1}
-        manifest = Manifest(0, 0, layout, recipe_hash(recipe), False, _all_files(temporary, hashed))
-        # what the weights came from is still there: no need to wait for the disk
-        manifests.commit(temporary, out, manifest, durable=False)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory)

@@ -261,7 +261,15 @@ def tidy(directory: Path) -> None:
 
 
 def remove_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Delete checkpoints that are older than the newest `keep` ones with a valid manifest.
+    """Delete the checkpoints that `retire_old` chooses; returns them."""
+    old = retire_old(directory, keep, keep_every)
+    for checkpoint in old:
+        shutil.rmtree(checkpoint)
+    return old
+
+
+def retire_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Begin to delete checkpoints that are older than the newest `keep` ones with a valid manifest.
 
     What has none does not count, and is deleted only if it is older, too: a newer release may have written
     it.
@@ -269,7 +277,7 @@ def remove_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
     Args:
         keep_every: those of multiples of so many steps stay; 0: none.
     Returns:
-        The deleted ones.
+        Those whose files are to be deleted now.
     """
     found = list_checkpoints(directory)
     good = [checkpoint for checkpoint in found if _is_committed(checkpoint)]
@@ -282,7 +290,6 @@ def remove_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
     for checkpoint in old:
         # the manifest goes first: a half-deleted checkpoint must not look like a committed one
         (checkpoint / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
     return old
 
 

@@ -58,7 +58,7 @@ def nothing(*args: Any) -> None:
 
 def small_files(at: At) -> None:
     """The directory has its first files."""
-    _around(checkpoint, "_describe", nothing, lambda folder, *rest: die() if at(folder) else None)
+    _around(checkpoint, "describe_run", nothing, lambda folder, *rest: die() if at(folder) else None)
 
 
 def shards(at: At) -> None:

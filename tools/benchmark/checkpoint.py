@@ -55,6 +55,7 @@ VISION = {
     "num_heads": 2,
     "mlp_width": 128,
 }
+ASYNC = "save asynchronously"
 POLL_EVERY = 0.2  # seconds: a short step of training
 
 
@@ -146,14 +147,14 @@ def forget(directory: Path) -> None:
 
 
 def measure(folder: str, rounds: int) -> dict[str, Any]:
-    """Seconds of every turn, by side; on each rank."""
+    """Seconds of every turn, of the clock and of this rank's processors, by side."""
     torch.set_num_threads(1)
     saving = Run(Path(folder) / "sync", False)
     sides: dict[str, Callable[[int], float]] = {
         "save": saving.save,
         "save raw": lambda step: _raw(saving.save, step),
     }
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     _take_turns(sides, found, rounds)
     saving.checkpoints._frozen_files = None  # their hashes are those of a raw save
     saving.save(10**6)  # with hashes, to be loaded
@@ -165,6 +166,7 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
     }
     _take_turns(sides, found, rounds)
     size = sum(p.stat().st_size for p in list_checkpoints(saving.checkpoints.directory)[0].rglob("*"))
+    saving.checkpoints.wait()
     shutil.rmtree(saving.checkpoints.directory, ignore_errors=True)
     saving.recipe.checkpoint.asynchronous = True
     saving.checkpoints = Checkpoints(
@@ -172,7 +174,7 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
         *(saving.models, saving.optimizer, saving.recipe, Path.mkdir, saving.layout),
         lambda line: None,
     )
-    _take_turns({"save asynchronously": saving.save}, found, rounds)
+    _take_turns({ASYNC: saving.save}, found, rounds)
     result = {"seconds": found, "bytes": size, "parameters": saving.num_parameters}
     groups.shutdown()
     return result
@@ -183,29 +185,39 @@ def _raw(work: Callable[[Any], float], argument: Any) -> float:
         return work(argument)
 
 
-def _take_turns(sides: dict[str, Callable[[int], float]], found: dict[str, list[float]], rounds: int) -> None:
+def _take_turns(
+    sides: dict[str, Callable[[int], float]], found: dict[str, list[tuple[float, float]]], rounds: int
+) -> None:
     for turn in range(rounds + 1):  # the first one warms up
         order = list(sides.items())
         for number, (side, work) in enumerate(order if turn % 2 else reversed(order)):
+            cpu = time.process_time()
             seconds = work(1 + turn * len(order) + number)
             if turn:
-                found.setdefault(side, []).append(seconds)
+                found.setdefault(side, []).append((seconds, time.process_time() - cpu))
 
 
 def report(world: int, results: list[dict[str, Any]]) -> None:
-    seconds = {
-        side: [max(times) for times in zip(*(r["seconds"][side] for r in results), strict=True)]
-        for side in results[0]["seconds"]
-    }
-    median = {side: statistics.median(times) for side, times in seconds.items()}
-    gigabytes = results[0]["bytes"] / 1e9
-    print(f"{world} rank(s), {results[0]['parameters'] / 1e6:.0f}M parameters, {gigabytes:.2f} GB,")
-    print(f"{os.cpu_count()} cores, load {' '.join(f'{x:.1f}' for x in os.getloadavg())}")
-    for side, value in median.items():
-        peer = median.get(f"{side} raw") or (median["save"] if "async" in side else None)
-        share = f", {100 * value / peer:.0f} % of {'the save' if 'async' in side else 'raw'}" if peer else ""
-        spread = f"{min(seconds[side]):.2f} to {max(seconds[side]):.2f}"
-        print(f"  {side}: {value:.2f} s ({spread}){share}")
+    """Print a row of a table for each side: the slowest rank's time, and all ranks' processors together."""
+    size, parameters = results[0]["bytes"] / 1e9, results[0]["parameters"] / 1e6
+    print(f"{world} rank(s), {parameters:.0f}M parameters, {size:.2f} GB, {os.cpu_count()} cores,")
+    print(f"load {' '.join(f'{x:.1f}' for x in os.getloadavg())}; fastest, median, slowest turn")
+    clock: dict[str, float] = {}
+    processors: dict[str, float] = {}
+    for side in results[0]["seconds"]:
+        turns = list(zip(*(result["seconds"][side] for result in results), strict=True))
+        times = sorted(max(seconds for seconds, _ in turn) for turn in turns)
+        clock[side] = statistics.median(times)
+        processors[side] = statistics.median(sum(cpu for _, cpu in turn) for turn in turns)
+        print(
+            f"  {side}: {times[0]:.2f} {clock[side]:.2f} {times[-1]:.2f} s, "
+            f"{processors[side]:.2f} s of processors"
+        )
+    for side, peer in (*((n, f"{n} raw") for n in ("save", "load", "load from disk")), (ASYNC, "save")):
+        print(
+            f"  {side} / {peer}: {clock[side] / clock[peer]:.2f} by the clock, "
+            f"{processors[side] / processors[peer]:.2f} of processors"
+        )
 
 
 def main() -> None:
