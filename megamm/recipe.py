@@ -59,7 +59,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), preset: str | N
 
     Args:
         path: the YAML file. Paths inside it are relative to the current directory.
-        overrides: `a.b=c` or `--a.b=c`; the value is YAML (`[vision, language]`, `null`, `1e-4`).
+        overrides: `a.b=c` or `--a.b=c`; the value is YAML (`[vision, language]`, `null`, `1e-4`). `--a.b`
+            alone is `--a.b=true`, for keys that are true or false.
         preset: changes the recipe before the overrides do; of megamm.recipe_presets.PRESETS.
     Raises:
         InputError: naming the file or override, the dotted key, what is wrong and the remedy.
@@ -186,11 +187,20 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    """("a.b", value) of `a.b=value` or `--a.b=value`; a key that takes text takes it verbatim."""
+    """("a.b", value) of `a.b=value` or `--a.b=value`; a key that takes text takes it verbatim. `--a.b` alone
+    makes a key true that is true or false."""
     key, equals, value = text.removeprefix("--").partition("=")
+    types = _leaf_types()
+    stands_alone = not equals and text.startswith("--") and key in types
+    if stands_alone and types[key] is not bool:
+        raise InputError(
+            f"override {text!r}: only a key that is true or false may stand alone; write it with '=' and "
+            f"{_expected(types[key])}"
+        )
+    if stands_alone:
+        return key, True
     if not equals or not key:
         raise InputError(f"override {text!r}: not of the form --section.key=value; write it with '='")
-    types = _leaf_types()
     if key not in types:
         raise _unknown_key(f"override {text!r}", key)
     parsed = parse_yaml(value, f"override {text!r}")

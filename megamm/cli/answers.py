@@ -41,7 +41,11 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of the model")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="--a.b=c", help="values that replace those of the recipe"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="--a.b=c",
+        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
     )
     _add_checkpoint(parser)
     parser.add_argument("--task", choices=("exact_match",), required=True, help="what is asked and scored")

@@ -29,7 +29,11 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of a stage")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="--a.b=c", help="values that replace those of the recipe"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="--a.b=c",
+        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
     )
     parser.add_argument(
         "--layouts",

@@ -41,7 +41,11 @@ def add_parsers(commands: Any) -> None:
     parser.epilog = f"{parser.epilog}\n{JSON_KEYS}"
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the stage")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="--a.b=c", help="values that replace those of the recipe"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="--a.b=c",
+        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
     )
     parser.add_argument(
         "--gpus",

@@ -38,6 +38,9 @@ def add_parsers(commands: Any) -> None:
     verify_parser.add_argument(
         "checkpoint", type=Path, metavar="CKPT", help="checkpoint or run directory (its newest checkpoint)"
     )
+    verify_parser.add_argument(
+        "--all", action="store_true", help="every checkpoint of a run directory; exit code 2 if one is bad"
+    )
 
 
 def _add_import(directions: Any) -> None:
@@ -163,8 +166,24 @@ def verify(args: argparse.Namespace) -> int:
     """Run `megamm verify`."""
     from megamm.engine import manifest
 
-    path = manifest.resolve(args.checkpoint)
-    found = manifest.verify(path)
+    newest = manifest.resolve(args.checkpoint)
+    is_run = newest != args.checkpoint.expanduser()
+    found = manifest.list_checkpoints(newest.parent) if is_run and args.all else [newest]
+    num_bad = sum(_is_bad(path, is_run, catch=args.all) for path in found)
+    return 2 if num_bad else 0
+
+
+def _is_bad(path: Path, is_run: bool, catch: bool) -> bool:
+    """Verify one checkpoint and print what was found; `catch`: also if it is bad."""
+    from megamm.engine import manifest
+
+    try:
+        found = manifest.verify(path, of_a_run=is_run)
+    except manifest.DamagedCheckpoint as error:
+        if not catch:
+            raise
+        print(f"BAD {error}")
+        return True
     size = sum(entry.size for entry in found.files.values())
     print(f"{path}: {len(found.files)} files, {size / 1e6:,.1f} MB, all as the manifest says")
-    return 0
+    return False

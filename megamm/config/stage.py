@@ -188,12 +188,17 @@ class CheckpointConfig:
     Attributes:
         interval: optimizer steps between checkpoints; 0 writes only the last one.
         keep: how many of the newest stay on disk.
+        keep_every: checkpoints at multiples of so many steps stay for good; 0: none.
         asynchronous: training goes on while files are written (weights are copied to memory first).
+        max_failures: saves in a row that may fail before the run stops; 0: the first one stops it. That of
+            the last step, or of a signal to stop, always has to succeed.
     """
 
     interval: int = 500
     keep: int = 2
+    keep_every: int = 0
     asynchronous: bool = True
+    max_failures: int = 3
 
 
 @dataclass

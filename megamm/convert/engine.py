@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megamm.convert.family import TensorFiles
 from megamm.convert.rules import Rule, Shape, Table, listed
+from megamm.engine.hashed_file import write_at
 from megamm.engine.mapped_files import MappedFile, blocks, give_back, unpickled_extents
-from megamm.engine.weight_files import THREADS, StreamedTensor, results, write_at
+from megamm.engine.weight_files import THREADS, StreamedTensor, results
 from megamm.errors import InputError, RunError
 from megamm.whole_files import read_whole
 

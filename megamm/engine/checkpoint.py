@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from megamm.config import Recipe
 from megamm.engine import frozen as frozen_weights
 from megamm.engine import manifest as manifests
+from megamm.engine.contents import all_files, describe_run, write_weights
 from megamm.engine.frozen import DIRECTORY as FROZEN
 from megamm.engine.frozen import FrozenFiles, FrozenWeights
 from megamm.engine.groups import Groups
@@ -26,19 +30,19 @@ from megamm.engine.loading import (
     read_weights,
     tokenizer_directory,
 )
-from megamm.engine.manifest import FileEntry, Manifest, Progress, Verification, resolve
+from megamm.engine.manifest import INCOMPLETE, FileEntry, Manifest, Progress, Verification, resolve
 from megamm.engine.ranks import describe, gather, gather_on_rank_0, on_rank_0
+from megamm.engine.restricted import read_index
 from megamm.engine.sharded_files import (
     FileWriter,
     HostCopies,
     ShardedSave,
     WrittenFile,
-    read_index,
 )
 from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
-from megamm.engine.weight_files import StreamedTensor, WeightFiles, whole_tensors, write_streamed
+from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError, RunError
-from megamm.recipe import recipe_hash, recipe_to_yaml
+from megamm.recipe import recipe_hash
 
 __all__ = [
     "Checkpoints",
@@ -53,7 +57,6 @@ __all__ = [
     "write_weights",
 ]
 
-_INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
 _POLL_INTERVAL = 0.02  # seconds between looks at the other ranks, while nothing else is to be done
 
 
@@ -62,6 +65,8 @@ class _Pending:
     """A checkpoint whose files are being written.
 
     Attributes:
+        temporary, final: where the files are written, and the name that they get.
+        must_succeed: the run cannot go on without it.
         saves: by directory, "shards" and, unless its files are links, "frozen".
         linked: files of frozen weights that an earlier checkpoint has too.
         weights: the frozen ones.
@@ -70,6 +75,8 @@ class _Pending:
 
     progress: Progress
     temporary: Path
+    final: Path
+    must_succeed: bool
     saves: dict[str, ShardedSave]
     writer: FileWriter
     linked: FrozenFiles | None
@@ -110,13 +117,27 @@ class Checkpoints:
         self._copies = HostCopies()
         self._was_validated = False
         self._link_failure: str | None = None
+        self._removal: Future[Any] | None = None  # of old checkpoints; on rank 0
+        self._failures = 0  # saves in a row
+        self._last_good: Path | None = None
 
     def load_newest(self, newest: int | None = None) -> Progress | None:
-        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`.
+        """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`. What killed
+        saves have left is removed.
 
         Args:
             newest: leave out those of later steps; None: look at all.
         """
+
+        def tidy() -> str | None:
+            try:
+                manifests.tidy(self.directory)
+            except OSError as error:
+                return describe(error)
+            return None
+
+        if failure := on_rank_0(tidy, f"{self.directory}: cannot be read"):
+            self.report(f"{self.directory}: what a killed save left cannot be removed ({failure})")
         found = load_newest(
             self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report, newest
         )
@@ -124,6 +145,7 @@ class Checkpoints:
             return None
         weights = frozen_weights.find_frozen(model_state(self._models, self._groups))
         self._frozen_files = frozen_weights.loaded_files(found.path, found.manifest.files, weights)
+        self._last_good = found.path
         return found.manifest.progress
 
     def remove_newer(self, step: int) -> None:
@@ -134,20 +156,36 @@ class Checkpoints:
 
     # --- saving ---------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, must_succeed: bool = False) -> None:
         """Begin a checkpoint. It exists under its name only once it is complete: at a later `poll`, or when
         this returns if the recipe wants no asynchronous saving. Ends the one before first.
 
+        One that cannot be written is reported, and training goes on, as long as no more than
+        `checkpoint.max_failures` fail in a row. All ranks come to know of it, here or at the next
+        `poll` or `wait`.
+
+        Args:
+            must_succeed: nothing comes after it that could make up for it.
         Raises:
-            RunError: this or the one before cannot be written.
+            RunError: it cannot be written and must succeed, or too many in a row could not.
         """
         self.wait()
         started = time.perf_counter()
-        temporary = self.directory / f"{_INCOMPLETE}{manifests.step_directory(progress.step)}"
-        is_asynchronous = self._recipe.checkpoint.asynchronous
+        final = self.directory / manifests.step_directory(progress.step)
+        try:
+            self._pending = self._begin(progress, final, must_succeed, started)
+        except RunError as error:
+            self._tolerate(error, must_succeed)
+            return
+        self._pending.seconds = time.perf_counter() - started
+        if not self._recipe.checkpoint.asynchronous:
+            self.wait()
 
-        # 1. a fresh directory; what a killed save left behind goes
-        on_rank_0(partial(self._prepare, temporary), f"{temporary}: cannot be created")
+    def _begin(self, progress: Progress, final: Path, must_succeed: bool, started: float) -> _Pending:
+        """Copy what training will change, write the small files, and start the threads for the large ones."""
+        # 1. a fresh directory, which no rank of an earlier start can know; what a killed save left goes
+        failure = f"{final}: cannot be written"
+        temporary: Path = on_rank_0(partial(self._prepare, final), failure)
 
         # 2. who writes what; frozen weights only if no earlier checkpoint of this run has them
         state = state_to_save(self._models, self._optimizer, self._groups)
@@ -155,7 +193,7 @@ class Checkpoints:
         linked = self._link(weights, temporary)
         taken = frozen_weights.take_frozen(state, weights)
         validate = not self._was_validated
-        copies = self._copies if is_asynchronous else None
+        copies = self._copies if self._recipe.checkpoint.asynchronous else None
         saves = {"shards": ShardedSave(state, temporary / "shards", copies, validate)}
         if weights.dtypes and linked is None:  # of all ranks: this one may have none
             # no copies: nothing changes them before they are written
@@ -164,41 +202,71 @@ class Checkpoints:
 
         # 3. the small files now, the large ones in threads
         def write_small() -> None:
-            for save in saves.values():
-                save.directory.mkdir(exist_ok=True)
-            saves["shards"].write_common(dict(CONTENT))
-            _describe(temporary, self._recipe, self._tokenizer)
+            with _removed_on_failure(temporary):
+                for save in saves.values():
+                    save.directory.mkdir(exist_ok=True)
+                saves["shards"].write_common(dict(CONTENT))
+                describe_run(temporary, self._recipe, self._tokenizer)
 
-        on_rank_0(write_small, f"{temporary}: cannot be written")
+        on_rank_0(write_small, failure)
         writer = FileWriter([file for save in saves.values() for file in save.files])
-        self._pending = _Pending(progress, temporary, saves, writer, linked, weights, started)
-        self._pending.seconds = time.perf_counter() - started
-        if not is_asynchronous:
-            self.wait()
+        return _Pending(progress, temporary, final, must_succeed, saves, writer, linked, weights, started)
 
     def poll(self) -> None:
         """Commit the pending checkpoint if all ranks have written their files; costs nothing without one.
 
         Raises:
-            RunError: a rank could not write; on every rank.
+            RunError: a rank could not write, see `save`; on every rank.
         """
-        if self._pending is not None and not self._is_anyone_writing(self._pending):
-            self._commit(self._pending)
+        if self._pending is not None:
+            self._advance(self._pending)
 
     def wait(self) -> None:
         """Commit the pending checkpoint, waiting for its files.
 
         Raises:
-            RunError: a rank could not write; on every rank.
+            RunError: a rank could not write, see `save`; on every rank.
         """
         started = time.perf_counter()
         while self._pending is not None:
             # short collectives: none of them has to last as long as the slowest rank's disk
-            if self._is_anyone_writing(self._pending):
+            if not self._advance(self._pending, started):
                 time.sleep(_POLL_INTERVAL)
-            else:
-                self._pending.seconds += time.perf_counter() - started
-                self._commit(self._pending)
+        try:
+            self._end_removal()
+        except OSError as error:
+            self.report(f"warning: {self.directory}: an old checkpoint cannot be deleted ({describe(error)})")
+
+    def _advance(self, pending: _Pending, standing_since: float | None = None) -> bool:
+        """Commit a checkpoint if its files are written, or give it up if they cannot be; whether it is over.
+
+        Args:
+            standing_since: when training began to wait for it.
+        """
+        started = time.perf_counter() if standing_since is None else standing_since
+        try:
+            if self._is_anyone_writing(pending):
+                return False
+            self._commit(pending, started)
+        except RunError as error:
+            self._pending = None
+            self._tolerate(error, pending.must_succeed)
+        return True
+
+    def _tolerate(self, error: RunError, must_succeed: bool) -> None:
+        """Go on after a failed save, if that is allowed."""
+        self._failures += 1
+        limit = self._recipe.checkpoint.max_failures
+        if must_succeed or self._failures > limit:
+            good = (
+                f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no other"
+            )
+            raise RunError(f"{error}; {good}") from error
+        good = f"the last good one is {self._last_good.name}" if self._last_good else "there is none yet"
+        self.report(
+            f"warning: no checkpoint was saved, {good}: {error}; training goes on and tries again "
+            f"({self._failures} in a row, {limit} are allowed)"
+        )
 
     def abandon(self) -> None:
         """Give up the pending checkpoint, on this rank alone: the way out when training has failed."""
@@ -206,10 +274,12 @@ class Checkpoints:
             self._pending.writer.cancel()
             self._pending = None
 
-    def _prepare(self, temporary: Path) -> None:
-        for left in self.directory.glob(f"{_INCOMPLETE}*"):
-            shutil.rmtree(left)
-        (temporary / "shards").mkdir(parents=True)
+    def _prepare(self, final: Path) -> Path:
+        manifests.tidy(self.directory)
+        temporary = self.directory / f"{INCOMPLETE}{final.name}-{secrets.token_hex(4)}"
+        with _removed_on_failure(temporary):
+            (temporary / "shards").mkdir(parents=True)
+        return temporary
 
     def _link(self, weights: FrozenWeights, temporary: Path) -> FrozenFiles | None:
         """Take over the files of frozen weights from the checkpoint before, if they are the same."""
@@ -247,32 +317,57 @@ class Checkpoints:
         errors = [text for text in gather(describe(error) if error else None) if text]
         if dist.get_rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
-        raise RunError(
-            f"{pending.temporary}: cannot be written ({errors[0]}); free space or fix the permissions"
-        )
+        raise RunError(f"{pending.final}: cannot be written ({errors[0]}); free space or fix the permissions")
 
-    def _commit(self, pending: _Pending) -> None:
+    def _commit(self, pending: _Pending, started: float) -> None:
         """The index of the files, the manifest, and with it the name; old checkpoints go."""
-        started = time.perf_counter()
         self._pending = None
         written = gather_on_rank_0(pending.writer.results())
-        final = self.directory / manifests.step_directory(pending.progress.step)
+        final = pending.final
 
-        def commit() -> dict[str, FileEntry]:
+        def commit() -> tuple[dict[str, FileEntry], str | None]:
             assert written is not None
-            manifest = self._complete(pending, [file for part in written for file in part])
-            manifests.commit(pending.temporary, final, manifest)
-            manifests.remove_old(self.directory, self._recipe.checkpoint.keep)
-            return {name: entry for name, entry in manifest.files.items() if name.startswith(f"{FROZEN}/")}
+            with _removed_on_failure(pending.temporary):
+                manifest = self._complete(pending, [file for part in written for file in part])
+                manifests.commit(pending.temporary, final, manifest)
+            of_frozen = {name: each for name, each in manifest.files.items() if name.startswith(f"{FROZEN}/")}
+            return of_frozen, self._remove_old()
 
-        files = on_rank_0(commit, f"{final}: cannot be committed")
+        files, remark = on_rank_0(commit, f"{final}: cannot be written")
         self._frozen_files = FrozenFiles(final, files, pending.weights) if files else None
+        self._last_good, self._failures = final, 0
         now = time.perf_counter()
         pending.seconds += now - started
         self.report(
             f"saved {final} in {now - pending.started:.1f} s, for {pending.seconds:.1f} s of which training "
             "stood still"
         )
+        if remark:
+            self.report(remark)
+
+    def _remove_old(self) -> str | None:
+        """Begin to delete what need not be kept, which for large files takes a while; returns why it, or that
+        of the save before, could not be done (rank 0 alone)."""
+        config = self._recipe.checkpoint
+        try:
+            self._end_removal()
+            old = manifests.retire_old(self.directory, config.keep, config.keep_every)
+        except (OSError, InputError) as error:
+            return f"warning: {self.directory}: old checkpoints cannot be deleted ({describe(error)})"
+        pool = ThreadPoolExecutor(1, thread_name_prefix="removal")
+        self._removal = pool.submit(_delete, old)
+        pool.shutdown(wait=False)
+        return None
+
+    def _end_removal(self) -> None:
+        """Wait until nothing more is deleted.
+
+        Raises:
+            OSError: something could not be.
+        """
+        removal, self._removal = self._removal, None
+        if removal is not None:
+            removal.result()
 
     def _complete(self, pending: _Pending, written: list[WrittenFile]) -> Manifest:
         """Write the indices, and describe every file (rank 0 alone)."""
@@ -294,54 +389,23 @@ class Checkpoints:
             layout={"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size},
             recipe_sha256=recipe_hash(self._recipe),
             has_optimizer=True,
-            files=_all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
+            files=all_files(temporary, hashed | (pending.linked.files if pending.linked else {})),
             data_position=pending.progress.data_position,
             data_sources=pending.progress.data_sources,
             anomalies=pending.progress.anomalies,
         )
 
 
-def _describe(directory: Path, recipe: Recipe, tokenizer: Callable[[Path], object] | None) -> None:
-    (directory / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    if tokenizer is not None:
-        tokenizer(directory / "tokenizer")
-
-
-def _all_files(directory: Path, hashed: dict[str, FileEntry]) -> dict[str, FileEntry]:
-    """Size and hash of every file below `directory`; only those not yet `hashed` are read."""
-    names = manifests.files_below(directory)
-    return {name: hashed.get(name) or manifests.hash_file(directory / name) for name in names}
-
-
-def write_weights(
-    out: Path,
-    tensors: Mapping[str, torch.Tensor] | Iterable[StreamedTensor],
-    recipe: Recipe,
-    tokenizer: Path | None,
-) -> Path:
-    """Write a checkpoint of weights only, from one process; any layout can load it.
-
-    Args:
-        out: the checkpoint's directory; must not exist.
-        tensors: whole tensors by their checkpoint names, or such as are made when they are written.
-        recipe: describes the model.
-        tokenizer: directory that is copied along, if there is one.
-    Raises:
-        InputError: `out` exists.
-    """
-    if out.exists():
-        raise InputError(f"{out}: already exists; choose another --out or remove it")
-    streamed = whole_tensors(tensors) if isinstance(tensors, Mapping) else tensors
-    temporary = out.parent / f"{_INCOMPLETE}{out.name}"
+@contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that cannot be written: it takes the space that others need."""
     try:
-        (temporary / "shards").mkdir(parents=True)
-        written = write_streamed(streamed, temporary / "shards")
-        _describe(temporary, recipe, partial(shutil.copytree, tokenizer) if tokenizer else None)
-        hashed = {path.relative_to(temporary).as_posix(): entry for path, entry in written.items()}
-        layout = {"tensor": 1, "pipeline": 1, "data": 1}
-        manifest = Manifest(0, 0, layout, recipe_hash(recipe), False, _all_files(temporary, hashed))
-        # what the weights came from is still there: no need to wait for the disk
-        manifests.commit(temporary, out, manifest, durable=False)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory)

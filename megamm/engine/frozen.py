@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megamm.engine.manifest import FileEntry
 from megamm.engine.ranks import describe, gather
-from megamm.engine.sharded_files import read_index, tensors_of
-
-DIRECTORY = "frozen"  # beside "shards"
+from megamm.engine.restricted import FROZEN as DIRECTORY
+from megamm.engine.restricted import read_index
+from megamm.engine.sharded_files import tensors_of
 
 Stamps = dict[str, tuple[int, int]]  # name -> address and version of this rank's parameter
 

@@ -23,7 +23,8 @@ from megamm.engine.manifest import Manifest
 from megamm.engine.optimizer_state import STATES, load_state
 from megamm.engine.parameter_groups import has_frozen_rows
 from megamm.engine.ranks import gather
-from megamm.engine.sharded_files import load_sharded, read_index, tensors_of
+from megamm.engine.restricted import read_index
+from megamm.engine.sharded_files import load_sharded, tensors_of
 from megamm.engine.sharded_state import model_state, state_to_load
 from megamm.engine.weight_files import WeightFiles
 from megamm.engine.weights import named_shards

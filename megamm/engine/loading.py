@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megamm.config import Recipe
 from megamm.engine import manifest as manifests
 from megamm.engine.groups import Groups
-from megamm.engine.manifest import Manifest
+from megamm.engine.manifest import DamagedCheckpoint, Manifest
 from megamm.engine.optimizer_state import groups_of, load_state
-from megamm.engine.ranks import gather
-from megamm.engine.sharded_files import load_sharded, read_index, saved_tensors, tensors_of
+from megamm.engine.ranks import from_rank_0, gather
+from megamm.engine.restricted import read_common, read_index
+from megamm.engine.sharded_files import load_sharded, saved_tensors, tensors_of
 from megamm.engine.sharded_state import chunk_key, model_state, state_to_load
 from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError
 from megamm.recipe import load_recipe, recipe_hash
+
+_THREADS = 2  # per rank, that hash
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,35 @@ def load_newest(
         InputError: checkpoints exist, but none is good (never silently starts from step 0), or the newest
             good one was trained with other frozen parts.
     """
-    candidates = gather(manifests.list_checkpoints(directory, newest))[0]  # rank 0's view decides
+    # rank 0's view decides
+    candidates: list[Path] = from_rank_0(lambda: manifests.list_checkpoints(directory, newest))
     damage: list[str] = []
     for checkpoint in candidates:
         try:
-            manifest = verify_shared_out(checkpoint)
-        except InputError as error:
+            return _load(checkpoint, models, optimizer, recipe, groups, report)
+        except DamagedCheckpoint as error:
             if recipe.resume.strict:
                 raise
             damage.append(str(error))
             report(f"checkpoint passed over: {error}")
-            continue
+    if candidates:
+        raise InputError(
+            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
+            "with another run_dir"
+        )
+    return None
+
+
+def _load(
+    checkpoint: Path,
+    models: list[Any],
+    optimizer: Any,
+    recipe: Recipe,
+    groups: Groups,
+    report: Callable[[str], None],
+) -> Loaded:
+    with SharedVerification(checkpoint, of_a_run=True) as verification:
+        manifest = verification.manifest
         if not manifest.has_optimizer:
             raise InputError(
                 f"{checkpoint}: holds weights without optimizer state, so no run can go on from it; name it "
@@ -78,32 +99,75 @@ def load_newest(
             report(f"the recipe is not the one that {checkpoint.name} was saved with, see its recipe.yaml")
         state = state_to_load(models, optimizer, groups)
         _refuse_other_optimizer(checkpoint, state["optimizer"])
-        loaded = load_sharded(state, checkpoint / "shards")
-        load_models(models, loaded)
-        load_state(optimizer, loaded["optimizer"])
-        return Loaded(checkpoint, manifest)
-    if candidates:
-        raise InputError(
-            f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
-            "with another run_dir"
-        )
-    return None
+        loaded = verification.load(state)
+    load_models(models, loaded)
+    load_state(optimizer, loaded["optimizer"])
+    return Loaded(checkpoint, manifest)
+
+
+class SharedVerification:
+    """A checkpoint on its way into memory, compared with its manifest meanwhile; the ranks share the hashing,
+    and come to the same verdict (collective).
+
+    Attributes:
+        manifest: of the checkpoint, whose small files are good.
+    Raises:
+        DamagedCheckpoint: from `with`, `load` or `wait`, naming each damaged file.
+    """
+
+    def __init__(self, checkpoint: Path, of_a_run: bool = False) -> None:
+        self._checkpoint, self._of_a_run = checkpoint, of_a_run
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
+        self._jobs: list[Future[list[str]]] = []
+
+    def __enter__(self) -> SharedVerification:
+        read = manifests.read_committed if self._of_a_run else manifests.read_manifest
+        error: DamagedCheckpoint | None = None
+        try:
+            self.manifest = read(self._checkpoint)
+        except DamagedCheckpoint as unreadable:
+            error = unreadable
+        if errors := [each for each in gather(error) if each]:
+            raise errors[0]
+        files = self.manifest.files
+        large = sorted((name for name in files if name.endswith(".distcp")), key=lambda n: -files[n].size)
+        small = sorted(files.keys() - set(large))
+        self._agree(manifests.find_damage(self._checkpoint, _mine(small), files))
+        self._jobs = [
+            self._pool.submit(manifests.find_damage, self._checkpoint, [name], files) for name in _mine(large)
+        ]
+        return self
+
+    def load(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Fill a sharded state dict; returns once every byte was found to be good. See `load_sharded`."""
+        try:
+            loaded = load_sharded(state, self._checkpoint / "shards")
+        except InputError:  # damage may be the reason; all ranks have such an error
+            self.wait()
+            raise
+        self.wait()
+        return loaded
+
+    def wait(self) -> None:
+        """Return when all ranks have found all files to be good."""
+        self._agree([phrase for job in self._jobs for phrase in job.result()])
+
+    def _agree(self, damage: list[str]) -> None:
+        manifests.refuse(sorted({phrase for part in gather(damage) for phrase in part}))
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _mine(names: list[str]) -> list[str]:
+    return names[dist.get_rank() :: dist.get_world_size()]
 
 
 def verify_shared_out(checkpoint: Path) -> Manifest:
     """`manifests.verify` with the hashing dealt out over the ranks; all ranks come to the same verdict."""
-    try:
-        manifest: Manifest | None = manifests.read_manifest(checkpoint)
-        names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()] if manifest else []
-        damage = manifests.find_damage(checkpoint, names, manifest.files) if manifest else []
-    except InputError as error:
-        manifest, damage = None, [str(error)]
-    everywhere = [phrase for part in gather(damage) for phrase in part]
-    if everywhere or manifest is None:
-        raise InputError(
-            "; ".join(dict.fromkeys(everywhere)) + "; use another checkpoint or restore the file"
-        )
-    return manifest
+    with SharedVerification(checkpoint) as verification:
+        verification.wait()
+    return verification.manifest
 
 
 def _refuse_other_optimizer(checkpoint: Path, optimizer_state: dict[str, Any]) -> None:
@@ -144,7 +208,7 @@ def _refuse_other_groups(checkpoint: Path, optimizer_state: dict[str, Any]) -> N
     groups = groups_of(optimizer_state)
     if not any("params" in group for group in groups):
         return
-    there = groups_of(load_common_state_dict(str(checkpoint / "shards"))["optimizer"])
+    there = groups_of(read_common(checkpoint / "shards")["optimizer"])
     if len(there) != len(groups):
         raise InputError(
             f"{checkpoint}: its optimizer state is that of {len(there)} groups of weights, and this recipe "
@@ -175,7 +239,17 @@ def load_weights(
         InputError: the checkpoint is damaged, has only some of the tensors of a part, or has a part that the
             model lacks.
     """
-    verify_shared_out(checkpoint)
+    with SharedVerification(checkpoint) as verification:
+        return _load_weights(checkpoint, models, groups, part_of, verification)
+
+
+def _load_weights(
+    checkpoint: Path,
+    models: list[Any],
+    groups: Groups,
+    part_of: Callable[[str], str],
+    verification: SharedVerification,
+) -> list[str]:
     saved = saved_tensors(checkpoint / "shards")
     state = model_state(models, groups)
     wanted: set[str] = set()
@@ -202,7 +276,7 @@ def load_weights(
             f"{checkpoint}: holds another model than the recipe's model section describes ({len(names)} "
             f"weights differ, among them {names[0]}); give a checkpoint of that model"
         )
-    load_models(models, load_sharded(state, checkpoint / "shards"), strict=False)
+    load_models(models, verification.load(state), strict=False)
     return sorted(missing)
 
 

@@ -12,88 +12,30 @@ of the checkpoint before.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from megamm.engine.manifest_format import FileEntry, Manifest, ManifestError, Progress, parse
 from megamm.errors import InputError
 
+__all__ = ["FileEntry", "Manifest", "Progress"]
+
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 26
+INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
+_REPLACED = ".replaced-"  # prefix of one whose name another is about to take
 _STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come.
-
-    Attributes:
-        data_position, data_sources: see Manifest; nothing where only the number of samples is known.
-        anomalies: see Manifest.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    data_position: list[int] = field(default_factory=list)
-    data_sources: list[dict[str, Any]] = field(default_factory=list)
-    anomalies: dict[str, Any] = field(default_factory=dict)
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not as it was saved. Another one may be good."""
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """Size in bytes and hash of one file."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The commit record of a checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        consumed_samples: samples of the stage seen so far.
-        data_position: of them, those of each group of sources that share their steps; where the data stream
-            goes on. Older checkpoints, of one group, have none.
-        data_sources: what the groups consist of, as the data path describes it.
-        anomalies: updates left out so far, as the training loop counts them.
-        layout: parallel sizes it was saved with (any other can load it).
-        recipe_sha256: of the recipe it was trained with.
-        has_optimizer: whether training can go on from it.
-        files: path below the checkpoint -> size and hash.
-    """
-
-    step: int
-    consumed_samples: int
-    layout: dict[str, int]
-    recipe_sha256: str
-    has_optimizer: bool
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    data_position: list[int] = field(default_factory=list)
-    data_sources: list[dict[str, Any]] = field(default_factory=list)
-    anomalies: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def progress(self) -> Progress:
-        """Where training goes on."""
-        return Progress(
-            self.step, self.consumed_samples, self.data_position, self.data_sources, self.anomalies
-        )
-
-    def to_json(self) -> str:
-        content = asdict(self)
-        return json.dumps({**content, "self_sha256": _hash_of(content)}, indent=1, sort_keys=True) + "\n"
-
-
-def _hash_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+class UntrustedCheckpoint(InputError):
+    """A checkpoint with something in it that no checkpoint of megamm needs, and that might run code."""
 
 
 def step_directory(step: int) -> str:
@@ -101,22 +43,34 @@ def step_directory(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(directory: Path, newest: int | None = None) -> list[Path]:
-    """Committed checkpoints below a `checkpoints` directory, newest first (not verified).
+    """Checkpoints by their names below a `checkpoints` directory, newest first. Whether they were completed,
+    and are good, is for `read_committed` and `verify` to say.
 
     Args:
         newest: leave out those of later steps; None: all.
+    Raises:
+        InputError: the directory is there, and cannot be read.
     """
-    if not directory.is_dir():
+    try:
+        names = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [p for p in directory.iterdir() if _STEP_DIRECTORY.fullmatch(p.name) and p.is_dir()]
-    steps = {p: int(p.name[5:]) for p in found}
-    wanted = [p for p in found if newest is None or steps[p] <= newest]
-    return sorted(wanted, key=steps.__getitem__, reverse=True)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; fix the permissions or the disk") from None
+    found = [directory / name for name in names if _STEP_DIRECTORY.fullmatch(name)]
+    wanted = [path for path in found if newest is None or step_of(path) <= newest]
+    return sorted(wanted, key=step_of, reverse=True)
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint meant by a run directory, a `checkpoints` directory or a checkpoint itself.
+    """The checkpoint meant by a run directory, a `checkpoints` directory or a checkpoint itself. Of a run it
+    is the newest one that was completed.
 
     Raises:
         InputError: there is none.
@@ -127,7 +81,7 @@ def resolve(path: str | Path) -> Path:
     for directory in (path / "checkpoints", path):
         found = list_checkpoints(directory)
         if found:
-            return found[0]
+            return next((each for each in found if (each / MANIFEST).is_file()), found[0])
     raise InputError(
         f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_* folders"
     )
@@ -137,27 +91,35 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check the manifest itself.
 
     Raises:
-        InputError: it is missing, unreadable or altered.
+        DamagedCheckpoint: it is missing, unreadable or altered.
     """
     path = checkpoint / MANIFEST
     try:
-        content = json.loads(path.read_text())
-        claimed = content.pop("self_sha256")
-        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        manifest = Manifest(**{**content, "files": files})
-    except FileNotFoundError:
-        raise InputError(
+        with path.open("rb") as file:
+            return parse(file.read(MAX_MANIFEST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedCheckpoint(
             f"{path}: missing, so this checkpoint was never completed; use another one"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not a readable manifest; use another checkpoint") from None
-    if claimed != _hash_of(content):
-        raise InputError(
-            f"{path}: altered since it was written (its hash does not match); use another checkpoint"
-        )
-    if manifest.format_version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {manifest.format_version}, this megamm reads {FORMAT_VERSION}"
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path}: cannot be read ({error.strerror}); use another checkpoint"
+        ) from None
+    except ManifestError as error:
+        raise DamagedCheckpoint(f"{path}: {error}; use another checkpoint") from None
+
+
+def read_committed(checkpoint: Path) -> Manifest:
+    """`read_manifest` of one of a run's checkpoints, which has to be the one of its directory's name.
+
+    Raises:
+        DamagedCheckpoint: it is not, or has no valid manifest.
+    """
+    manifest = read_manifest(checkpoint)
+    if step_directory(manifest.step) != checkpoint.name:
+        raise DamagedCheckpoint(
+            f"{checkpoint / MANIFEST}: is that of step {manifest.step}, so the directory was renamed or its "
+            f"content exchanged; use another checkpoint"
         )
     return manifest
 
@@ -177,26 +139,36 @@ def hash_file(path: Path) -> FileEntry:
 
 def find_damage(checkpoint: Path, names: list[str], files: dict[str, FileEntry]) -> list[str]:
     """What is wrong with the files `names`, one phrase each; empty if all are as the manifest says."""
-    damage = []
-    for name in names:
-        path, entry = checkpoint / name, files[name]
+    root = checkpoint.resolve()
+    found = ((checkpoint / name, _damage(checkpoint / name, files[name], root)) for name in names)
+    return [f"{path}: {phrase}" for path, phrase in found if phrase]
+
+
+def _damage(path: Path, entry: FileEntry, root: Path) -> str | None:
+    try:
+        if not path.resolve().is_relative_to(root):
+            return "is a link to somewhere outside of the checkpoint"
         if not path.is_file():
-            damage.append(f"{path}: missing")
-        elif path.stat().st_size != entry.size:
-            damage.append(f"{path}: {path.stat().st_size} bytes instead of {entry.size}")
-        elif hash_file(path) != entry:
-            damage.append(f"{path}: content changed since it was saved (sha256 differs)")
-    return damage
+            return "missing"
+        if path.stat().st_size != entry.size:
+            return f"{path.stat().st_size} bytes instead of {entry.size}"
+        if hash_file(path) != entry:
+            return "content changed since it was saved (sha256 differs)"
+    except (OSError, RuntimeError) as error:  # pathlib's error for a link to itself is a RuntimeError
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None
 
 
-def verify(checkpoint: Path) -> Manifest:
+def verify(checkpoint: Path, of_a_run: bool = False) -> Manifest:
     """Check every byte of a checkpoint against its manifest.
 
+    Args:
+        of_a_run: the directory's name says which step it is of.
     Raises:
-        InputError: naming each damaged file.
+        DamagedCheckpoint: naming each damaged file.
     """
-    manifest = read_manifest(checkpoint)
-    _refuse(find_damage(checkpoint, sorted(manifest.files), manifest.files))
+    manifest = read_committed(checkpoint) if of_a_run else read_manifest(checkpoint)
+    refuse(find_damage(checkpoint, sorted(manifest.files), manifest.files))
     return manifest
 
 
@@ -217,7 +189,7 @@ class Verification:
     def __enter__(self) -> Verification:
         files = read_manifest(self._checkpoint).files
         large = {name for name in files if name.endswith(".distcp")}
-        _refuse(find_damage(self._checkpoint, sorted(files.keys() - large), files))
+        refuse(find_damage(self._checkpoint, sorted(files.keys() - large), files))
         self._jobs = [
             self._pool.submit(find_damage, self._checkpoint, [name], files) for name in sorted(large)
         ]
@@ -225,19 +197,25 @@ class Verification:
 
     def wait(self) -> None:
         """Return when all files were found to be as they were saved."""
-        _refuse([phrase for job in self._jobs for phrase in job.result()])
+        refuse([phrase for job in self._jobs for phrase in job.result()])
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if kind is not None and issubclass(kind, Exception) and not issubclass(kind, InputError):
-                self.wait()
+            if kind is not None and issubclass(kind, Exception):
+                is_input = issubclass(kind, InputError) and not issubclass(kind, UntrustedCheckpoint)
+                if not is_input:  # else: the user's, whatever the files hold
+                    self.wait()
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _refuse(damage: list[str]) -> None:
+def refuse(damage: list[str]) -> None:
+    """Raise DamagedCheckpoint if there are any phrases of `find_damage`."""
     if damage:
-        raise InputError("; ".join(damage) + "; use another checkpoint or restore the file")
+        raise DamagedCheckpoint("; ".join(damage) + "; use another checkpoint or restore the file")
+
+
+# --- writing and removing -----------------------------------------------------------------------------
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest, durable: bool = True) -> None:
@@ -250,11 +228,15 @@ def commit(temporary: Path, final: Path, manifest: Manifest, durable: bool = Tru
     (temporary / MANIFEST).write_text(manifest.to_json())
     for path in [*temporary.rglob("*"), temporary] if durable else []:
         _sync(path)
+    replaced = final.parent / f"{_REPLACED}{final.name}"
     if final.exists():  # the same step saved again, e.g. after a damaged one was passed over
-        shutil.rmtree(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)  # `tidy` gives it back if this process ends here
     temporary.rename(final)
     if durable:
         _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _sync(path: Path) -> None:
@@ -265,19 +247,66 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_old(directory: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints; returns the deleted ones."""
-    old = list_checkpoints(directory)[keep:]
+def tidy(directory: Path) -> None:
+    """Remove what killed saves have left in a `checkpoints` directory.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for left in list(directory.glob(f"{_REPLACED}*")):
+        final = directory / left.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(left)
+        else:
+            left.rename(final)
+    for left in list(directory.glob(f"{INCOMPLETE}*")):
+        shutil.rmtree(left)
+
+
+def remove_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Delete the checkpoints that `retire_old` chooses; returns them."""
+    old = retire_old(directory, keep, keep_every)
+    for checkpoint in old:
+        shutil.rmtree(checkpoint)
+    return old
+
+
+def retire_old(directory: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Begin to delete checkpoints that are older than the newest `keep` ones with a valid manifest.
+
+    What has none does not count, and is deleted only if it is older, too: a newer release may have written
+    it.
+
+    Args:
+        keep_every: those of multiples of so many steps stay; 0: none.
+    Returns:
+        Those whose files are to be deleted now.
+    """
+    found = list_checkpoints(directory)
+    good = [checkpoint for checkpoint in found if _is_committed(checkpoint)]
+    if not good:
+        return []
+    oldest = step_of(good[:keep][-1])
+    old = [checkpoint for checkpoint in found if step_of(checkpoint) < oldest]
+    if keep_every:
+        old = [each for each in old if each not in good or step_of(each) % keep_every]
     for checkpoint in old:
         # the manifest goes first: a half-deleted checkpoint must not look like a committed one
         (checkpoint / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
     return old
 
 
 def remove_newer(directory: Path, step: int) -> None:
     """Delete the checkpoints of later steps than `step`."""
     for checkpoint in list_checkpoints(directory):
-        if int(checkpoint.name[5:]) > step:
+        if step_of(checkpoint) > step:
             (checkpoint / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(checkpoint)
+
+
+def _is_committed(checkpoint: Path) -> bool:
+    try:
+        read_committed(checkpoint)
+    except InputError:
+        return False
+    return True

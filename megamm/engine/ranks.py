@@ -33,13 +33,13 @@ def on_rank_0(action: Callable[[], Any], failure: str) -> Any:
     """Run `action` on rank 0 (collective); what it returns, which must be small, is returned everywhere.
 
     Raises:
-        RunError: the action raised an OSError; on every rank, instead of the others waiting.
+        RunError: the action raised an OSError or a MegammError; on every rank, instead of the others waiting.
     """
     outcome: tuple[Any, str | None] = (None, None)
     if dist.get_rank() == 0:
         try:
             outcome = (action(), None)
-        except OSError as error:
+        except (OSError, MegammError) as error:
             outcome = (None, describe(error))
     result, error_text = gather(outcome)[0]
     if error_text is not None:

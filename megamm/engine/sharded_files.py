@@ -12,7 +12,6 @@ an orphan when a rank is killed. Threads write the same bytes.
 from __future__ import annotations
 
 import io
-import os
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,17 +26,17 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
-from torch.distributed.checkpoint.filesystem import (
-    SerializationFormat,
-    _StorageWriterTransforms,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.manifest import FileEntry, hash_file
-from megamm.engine.ranks import gather_on_rank_0
+from megamm.engine.archives import archive_around
+from megamm.engine.hashed_file import HashedFile
+from megamm.engine.manifest import DamagedCheckpoint, FileEntry
+from megamm.engine.mapped_files import blocks
+from megamm.engine.ranks import gather, gather_on_rank_0
+from megamm.engine.restricted import COMMON, RestrictedCommon, read_common, read_index
 from megamm.errors import InputError
 
 _THREADS = 2  # files per rank and directory
@@ -128,7 +127,9 @@ class ShardedSave:
 
 def write_common(common: dict[str, Any], content_metadata: dict[str, Any], directory: Path) -> None:
     """Write the small files of a directory: what lies in no shard, and the name of the format."""
-    torch.save({**common, "content_metadata": content_metadata}, directory / "common.pt")
+    content = io.BytesIO()  # written to a path, torch.save reports a full disk as a RuntimeError
+    torch.save({**common, "content_metadata": content_metadata}, content)
+    (directory / COMMON).write_bytes(content.getbuffer())
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
@@ -185,22 +186,31 @@ class FileWriter:
             future.exception()
 
     def _write(self, file: PlannedFile) -> WrittenFile:
-        results, transforms = [], _StorageWriterTransforms()
-        with file.path.open("wb") as stream:
+        results = []
+        with HashedFile(file.path, start_disk=True) as stream:
             while file.items:
                 if self._cancelled.is_set():
                     raise CancelledError
                 item, value = file.items.pop(0)  # its memory is free once it is written
-                results.append(_write_value(stream, transforms, item, value, file.path.name))
-            stream.flush()
-            os.fsync(stream.fileno())
-        return WrittenFile(file.path, results, hash_file(file.path))
+                results.append(_write_value(stream, item, value, file.path.name))
+            stream.sync()
+            return WrittenFile(file.path, results, stream.entry())
 
 
-def _write_value(stream: Any, transforms: Any, item: WriteItem, value: Any, key: str) -> WriteResult:
-    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
-        value = value.clone()  # torch.save writes the whole storage that a tensor is a view of
-    return _write_item(transforms, stream, value, item, key, SerializationFormat.TORCH_SAVE)
+def _write_value(stream: HashedFile, item: WriteItem, value: Any, key: str) -> WriteResult:
+    begin = stream.size
+    if type(value) is torch.Tensor and value.layout is torch.strided:
+        before, after = archive_around(value.dtype, tuple(value.shape))
+        stream.write(before)
+        for block in blocks(value):
+            stream.write(block)
+        stream.write(after)
+    elif isinstance(value, io.BytesIO):
+        stream.write(value.getbuffer())
+    else:
+        torch.save(value, stream)  # type: ignore[arg-type]
+    length = stream.size - begin
+    return WriteResult(item.index, length, _StorageInfo(key, begin, length))
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -210,27 +220,45 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fill a sharded state dict from any layout's files (collective over all ranks).
 
     Raises:
+        DamagedCheckpoint: a file cannot be read.
+        UntrustedCheckpoint: a file holds what might run code.
         InputError: tensors are missing or have other shapes.
     """
     try:
-        return dist_checkpointing.load(state, str(directory))
+        read_index(directory)
+        read_common(directory)
+        refusal = None
+    except InputError as error:
+        refusal = error
+    # megatron reads these on each rank by itself: one that cannot must not leave the others waiting
+    if refusals := [each for each in gather(refusal) if each]:
+        raise refusals[0]
+    try:
+        return dist_checkpointing.load(state, str(directory), common_strategy=RestrictedCommon())
     except BaseException as error:  # megatron's CheckpointException is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(
-            f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that "
-            "the recipe's model section is the one of the checkpoint"
-        ) from error
+        raise _reason(error, directory) from error
+
+
+def _reason(error: BaseException, directory: Path) -> InputError:
+    """What a failed load tells the user; torch hands over the errors of all ranks in one of its own."""
+    failures = getattr(error, "failures", {})
+    for cause in [pair[0] for pair in failures.values()] or [error]:
+        if isinstance(cause, InputError):
+            return cause
+        if isinstance(cause, OSError):
+            path = cause.filename or directory
+            return DamagedCheckpoint(f"{path}: cannot be read ({cause.strerror}); use another checkpoint")
+    return InputError(
+        f"{directory}: does not hold what this recipe's model needs ({_first_line(error)}); check that "
+        "the recipe's model section is the one of the checkpoint"
+    )
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def read_index(directory: Path) -> Metadata:
-    """The index of a directory of sharded files."""
-    return dcp.FileSystemReader(str(directory)).read_metadata()
 
 
 def tensors_of(index: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

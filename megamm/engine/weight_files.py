@@ -7,8 +7,6 @@ not depend on the size of the model.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,14 +28,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamm.engine.manifest import FileEntry
-from megamm.engine.mapped_files import Extent, MappedFile, blocks, give_back, unpickled_extents
-from megamm.engine.sharded_files import read_index, write_common
+from megamm.engine.archives import archive_around
+from megamm.engine.hashed_file import HashedFile
+from megamm.engine.manifest import DamagedCheckpoint, FileEntry, UntrustedCheckpoint
+from megamm.engine.mapped_files import (
+    Extent,
+    MappedFile,
+    UntrustedPickle,
+    blocks,
+    give_back,
+    unpickled_extents,
+)
+from megamm.engine.restricted import read_index, untrusted
+from megamm.engine.sharded_files import write_common
 
 THREADS = min(4, os.cpu_count() or 1)
 _MAX_FILE = 4 * 1000**3  # bytes, but a tensor is never split
 _FILES_PER_THREAD = 4  # so that no thread ends much later than the others
 _ALIGNMENT = 64
+_NOT_OURS = "megamm has not written it so: use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,6 @@ def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[StreamedTenso
     """Tensors that are there already."""
     for name, tensor in tensors.items():
         yield StreamedTensor(name, tensor.dtype, tuple(tensor.shape), partial(tuple, (tensor,)))
-
-
-def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at a place of a file (descriptor)."""
-    rest = memoryview(data)
-    while rest:
-        count = os.pwrite(file, rest, offset)
-        rest, offset = rest[count:], offset + count
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -129,10 +130,10 @@ def _describe(tensor: StreamedTensor) -> TensorStorageMetadata:
 
 def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, list[WriteResult]]:
     places = []
-    with _HashedFile(path) as file:
+    with HashedFile(path) as file:
         for tensor in tensors:
             begin = file.size
-            before, after = _archive_around(tensor.dtype, tensor.shape)
+            before, after = archive_around(tensor.dtype, tensor.shape)
             file.write(before)
             for piece in tensor.pieces():
                 for block in blocks(piece):
@@ -147,58 +148,6 @@ def _write_file(path: Path, tensors: list[StreamedTensor]) -> tuple[FileEntry, l
         return file.entry(), places
 
 
-class _HashedFile:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def __enter__(self) -> _HashedFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        write_at(self._file.fileno(), data, self.size)
-        self.size += len(data)
-
-    def entry(self) -> FileEntry:
-        return FileEntry(self.size, self._hash.hexdigest())
-
-
-def _archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the numbers of a tensor."""
-    frame = _Frame()
-    with torch.serialization.skip_data():  # the numbers are skipped, so this memory is never touched
-        torch.save(torch.empty(shape, dtype=dtype), cast(BinaryIO, frame))
-    return bytes(frame.before), bytes(frame.after)
-
-
-class _Frame(io.RawIOBase):
-    """Takes what is written before and behind the one place that is skipped."""
-
-    def __init__(self) -> None:
-        self.before, self.after = bytearray(), bytearray()
-        self._current = self.before
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._current += bytes(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence != os.SEEK_CUR or self._current is self.after:
-            raise AssertionError("torch.save skips more than the numbers of one tensor")
-        self._current = self.after
-        return len(self.before) + offset
-
-
 # --- reading ------------------------------------------------------------------------------------------
 
 
@@ -208,7 +157,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     Tensors that lie in one piece are views of their file; do not change them.
 
     Raises:
-        ValueError: a file is not as the index says (when a tensor is asked for).
+        DamagedCheckpoint: the index, or a file when a tensor is asked for, cannot be read.
+        UntrustedCheckpoint: it is not an index, or a file is not as it says.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -224,7 +174,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
             for place, info in index.storage_data.items()
             if place.fqn in self._tensors
         }
-        self._files: dict[str, MappedFile] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -253,11 +203,23 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         return whole
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        info = self._places[name, chunk.offsets]
-        if info.relative_path not in self._files:
-            self._files[info.relative_path] = MappedFile(self._directory / info.relative_path)
-        file = self._files[info.relative_path]
-        extent = unpickled_extents(file, info.offset, info.length)
-        if not isinstance(extent, Extent) or extent.shape != tuple(chunk.sizes):
-            raise ValueError(f"{file.path}: holds something else for {name} than its index says")
-        return file.tensor(extent)
+        info = self._places.get((name, chunk.offsets))
+        if info is None:
+            raise UntrustedCheckpoint(f"{self._directory}: its index has no place for {name}; {_NOT_OURS}")
+        path = self._directory / info.relative_path
+        try:
+            if path not in self._files:
+                self._files[path] = MappedFile(path)
+            file = self._files[path]
+            extent = unpickled_extents(file, info.offset, info.length)
+            if isinstance(extent, Extent) and extent.shape == tuple(chunk.sizes):
+                return file.tensor(extent)
+        except UntrustedPickle as error:
+            raise untrusted(path, error) from None
+        except OSError as error:
+            raise DamagedCheckpoint(
+                f"{path}: cannot be read ({error.strerror}); use another checkpoint"
+            ) from None
+        except ValueError:  # damaged: in another way not what the index says
+            pass
+        raise UntrustedCheckpoint(f"{path}: holds something else for {name} than its index says; {_NOT_OURS}")

@@ -71,6 +71,8 @@ NOT_NEGATIVE_KEYS = [
     "optimizer.clip_grad",
     "model.lora.rank",
     "checkpoint.interval",
+    "checkpoint.keep_every",
+    "checkpoint.max_failures",
     "validation.interval",
     "anomalies.max_rollbacks",
     "training.fp8.margin",

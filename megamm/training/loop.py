@@ -150,7 +150,8 @@ class Loop:
         here.at("checkpoint")
         self._session.checkpoints.poll()
         if result.signal or self._is_time_to_save():
-            self._session.checkpoints.save(self.progress)
+            is_last = self.progress.step == self._last_step
+            self._session.checkpoints.save(self.progress, must_succeed=is_last or result.signal is not None)
         if result.signal and self._stops(result.signal):
             return True
         # 4. a look at held-out samples

@@ -49,7 +49,7 @@ OPTIONS = {
     "convert import": ["--debug", "--from", "--out", "--pp", "--recipe", "--tokenizer", "--tp"],
     "convert export": ["--checkpoint", "--debug", "--family", "--merge-lora", "--out"],
     "convert verify": ["--against", "--checkpoint", "--debug", "--tolerance"],
-    "verify": ["CKPT", "--debug"],
+    "verify": ["--all", "CKPT", "--debug"],
     "train": [
         *["RECIPE", "--a.b=c", "--debug", "--dry-run", "--preset", "--print-config", "--rank", "--world"],
     ],

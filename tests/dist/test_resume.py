@@ -100,7 +100,7 @@ def save_on_a_full_disk(directory: str) -> list[str]:
     def full(*args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    run = Run(tiny_recipe("merged", {"parallel.pipeline": 2}))
+    run = Run(tiny_recipe("merged", {"parallel.pipeline": 2, "checkpoint.max_failures": 0}))
     run.step(0)
     checkpoints = run.checkpoints(Path(directory))
     write, said = sharded_files._write_value, []

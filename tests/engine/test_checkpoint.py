@@ -304,7 +304,7 @@ def test_abandoning_does_not_wait_for_the_files(
 
 def test_files_that_cannot_be_written_are_one_sentence(layout: Groups, tmp_path: Path) -> None:
     """The operating system's words, which torch buries under its own, and nothing left behind."""
-    run = start(step=1)
+    run = start({"checkpoint.max_failures": 0}, step=1)
     checkpoints = run.checkpoints(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))

@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megamm.engine import weight_files
-from megamm.engine.manifest import hash_file
-from megamm.engine.sharded_files import read_index
+from megamm.engine.manifest import UntrustedCheckpoint, hash_file
+from megamm.engine.restricted import read_index
 from megamm.engine.weight_files import StreamedTensor, WeightFiles, whole_tensors, write_streamed
 
 TENSORS = {
@@ -84,5 +84,5 @@ def test_an_index_that_lies_is_noticed(directory: Path) -> None:
     places = found._places
     key_a, key_b = (next(key for key in places if key[0] == name) for name in "ab")
     places[key_a], places[key_b] = places[key_b], places[key_a]
-    with pytest.raises(ValueError, match="something else for a than its index says"):
+    with pytest.raises(UntrustedCheckpoint, match="something else for a than its index says"):
         found["a"]

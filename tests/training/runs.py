@@ -126,6 +126,7 @@ def start(
     processes: int = 1,
     fresh: bool = False,
     target: str = MEGAMM,
+    before: tuple[str, ...] = (),
     **more: str,
 ) -> Process:
     """Start `megamm train`; output goes to `log`.
@@ -133,15 +134,16 @@ def start(
     Args:
         fresh: as a user does it, with Python, or torchrun for several processes. Otherwise as forks, where
             they are possible.
-        target: of the forks, "module:function".
+        target: of the forks, "module:function"; it takes `before` and the arguments of the command line.
         more: environment variables.
     """
     arguments = ["train", str(recipe), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
     if forks.possible(environment) and not fresh:
         if processes > 1:
-            return Ranks(processes, target, arguments, environment, log)
-        return forks.start(0, target, arguments, environment, log)
+            return Ranks(processes, target, [*before, *arguments], environment, log)
+        return forks.start(0, target, [*before, *arguments], environment, log)
+    assert target == MEGAMM
     launcher = ["-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]

@@ -76,6 +76,7 @@ def test_precedence_default_preset_file_override() -> None:
         ("training.freeze=[]", "training.freeze", []),
         ("optimizer.decay_steps=null", "optimizer.decay_steps", None),
         ("--parallel.distributed_optimizer=false", "parallel.distributed_optimizer", False),
+        ("--resume.strict", "resume.strict", True),
         ("name=13", "name", "13"),
         ("name=a=b", "name", "a=b"),
         ("data.train=null", "data.train", None),
@@ -211,11 +212,22 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["lr", "--lr=3", "model=3", "=3", "model.language.num_layers", "training.freeze=["]
+    "override",
+    [
+        *("lr", "--lr=3", "model=3", "=3", "model.language.num_layers", "training.freeze=["),
+        *("resume.strict", "--training.steps", "--optimizer.decay_steps", "--resume", "--data.train", "--"),
+    ],
 )
 def test_bad_overrides(override: str) -> None:
     with pytest.raises(InputError, match="override"):
         make(override)
+
+
+def test_what_cannot_stand_alone_says_what_it_takes() -> None:
+    with pytest.raises(
+        InputError, match=r"true or false may stand alone; write it with '=' and a whole number"
+    ):
+        make("--training.steps")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,9 @@ def checkpoints_at_once(recipe: Recipe) -> int:
     """How many lie in the run directory at most: those that are kept and the one being written."""
     steps, interval = recipe.training.steps, recipe.checkpoint.interval
     ever = math.ceil(steps / interval) if interval else 1
-    return min(recipe.checkpoint.keep + 1, ever)
+    every = recipe.checkpoint.keep_every
+    for_good = steps // math.lcm(every, interval) if every and interval else 0
+    return min(recipe.checkpoint.keep + 1 + for_good, ever)
 
 
 def checkpoint_bytes(recipe: Recipe, count: int, frozen: bool = True) -> int:

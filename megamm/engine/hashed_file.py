@@ -1,0 +1,82 @@
+"""Files that are hashed while they are written: the hash is that of what was meant, whatever became of it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from pathlib import Path
+
+from megamm.engine.manifest import FileEntry
+
+_START_EVERY = 1 << 25  # bytes
+_START_WRITING = 2  # of Linux's sync_file_range, which the os module has no name for
+_libc = ctypes.CDLL(None)
+
+
+def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at a place of a file (descriptor)."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+class HashedFile:
+    """A new file, written from its beginning to its end.
+
+    Args:
+        start_disk: let the disk begin at once; otherwise it waits for `sync` while the processors work, and
+            then they wait for it.
+    Attributes:
+        size: bytes written so far.
+    """
+
+    def __init__(self, path: Path, start_disk: bool = False) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._started = 0
+        self._start_disk = start_disk and hasattr(_libc, "sync_file_range")
+        self.size = 0
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._file.name)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append all of `data`."""
+        length = memoryview(data).nbytes
+        write_at(self._file.fileno(), data, self.size)
+        self.size += length
+        if self._start_disk and self.size - self._started >= _START_EVERY:
+            self._start()
+        self._hash.update(data)
+        return length
+
+    def _start(self) -> None:
+        """A hint: a file system that cannot does without."""
+        begin, length = (ctypes.c_int64(n) for n in (self._started, self.size - self._started))
+        _libc.sync_file_range(self._file.fileno(), begin, length, _START_WRITING)
+        self._started = self.size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def tell(self) -> int:
+        """Where the next byte goes."""
+        return self.size
+
+    def sync(self) -> None:
+        """Wait until the disk has everything."""
+        os.fsync(self._file.fileno())
+
+    def entry(self) -> FileEntry:
+        """Size and hash of what was written."""
+        return FileEntry(self.size, self._hash.hexdigest())

@@ -1,0 +1,94 @@
+"""F3 for whole commands: a run never starts again from nothing, and ends as if nothing had been damaged."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamm import cli
+from megamm.engine import groups
+from megamm.engine.manifest import MANIFEST
+from tests.faults.checkpoints import DAMAGES, Copy, files_of
+from tests.faults.conftest import FROZEN, OVERRIDES
+from tests.training.runs import curve, newest_state
+
+SEED = random.SystemRandom().randrange(2**32)
+
+
+def all_damaged(copy: Copy) -> None:
+    for step in (copy.newest, copy.older, copy.oldest):
+        (step / "shards/common.pt").write_bytes(b"")
+
+
+def no_manifests(copy: Copy) -> None:
+    for step in (copy.newest, copy.older, copy.oldest):
+        (step / MANIFEST).unlink()
+
+
+def empty_directories(copy: Copy) -> None:
+    for step in (copy.newest, copy.older, copy.oldest):
+        shutil.rmtree(step)
+        step.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [all_damaged, no_manifests, empty_directories])
+def test_nothing_good_never_means_from_the_start(
+    spoil: Any, trained: Path, copy: Copy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil(copy)
+    before = sorted(copy.run_dir.rglob("*"))
+    try:
+        code = cli.main(["train", str(trained / "recipe.yaml"), FROZEN, f"--run_dir={copy.run_dir}"])
+    finally:
+        groups.shutdown()
+    said = capfd.readouterr().err
+    assert code == 2 and "every checkpoint is damaged" in said and said.count("\n") == 1
+    assert all(str(step) in said for step in (copy.newest, copy.older, copy.oldest))
+    assert sorted(copy.run_dir.rglob("*")) == before and curve(copy.run_dir) == curve(trained / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(4))
+def test_two_hundred_places_before_a_run_trains(
+    part: int, trained: Path, copy: Copy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command, strict."""
+    draw = random.Random(f"{SEED} {part}")
+    command = ["train", str(trained / "recipe.yaml"), FROZEN, f"--run_dir={copy.run_dir}", "--resume.strict"]
+    names = files_of(copy.newest)
+    for number in range(50):
+        name, damage = names[number % len(names)], draw.choice(DAMAGES)
+        damage(copy.newest / name, draw)
+        try:
+            code = cli.main(command)
+        finally:
+            groups.shutdown()
+        said = capfd.readouterr().err
+        assert code == 2 and said.count("\n") == 1, (damage, name, said, SEED)
+        assert str(copy.newest / name) in said, (damage, name, said, SEED)
+        copy.repair()
+    assert curve(copy.run_dir) == curve(trained / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_that_falls_back_ends_bitwise_equal(
+    damage: Any, trained: Path, copy: Copy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(SEED)
+    path = copy.newest / draw.choice(files_of(copy.newest))
+    damage(path, draw)
+    options = [FROZEN, *OVERRIDES, f"--run_dir={copy.run_dir}"]
+    try:
+        assert cli.main(["train", str(trained / "recipe.yaml"), *options]) == 0, (path, SEED)
+    finally:
+        groups.shutdown()
+    log = (copy.run_dir / "log.txt").read_text()
+    assert str(path) in log and "resumed at step 6" in log
+    assert curve(copy.run_dir) == curve(trained / "run")
+    one, other = newest_state(copy.run_dir), newest_state(trained / "run")
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)

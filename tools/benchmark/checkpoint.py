@@ -1,0 +1,249 @@
+#!/usr/bin/env python
+"""What the manifest costs when checkpoints are saved and loaded, and how long training stands still.
+
+    python tools/benchmark/checkpoint.py [--rounds 5] [--ranks 1 2] [--folder /tmp]
+
+A model with AdamW's state in fp32, 16 bytes per parameter, is saved and loaded by data-parallel ranks,
+through the classes that training uses. The peer ("raw") is the same code without hashes; it waits for the
+disk as well. Sides take turns, and every second turn in the other order. Loading is measured from the page
+cache, where nothing hides what verifying costs, and from the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megamm.engine import groups, hashed_file, loading
+from megamm.engine import manifest as manifests
+from megamm.engine.checkpoint import Checkpoints, Progress
+from megamm.engine.manifest import FileEntry, list_checkpoints
+from megamm.engine.optimizer import build_optimizer, wrap_data_parallel
+from megamm.engine.weights import initialize
+from megamm.models.initialization import weight_drawer
+from megamm.models.vlm import build_model
+from megamm.parity.processes import run_processes
+from megamm.recipe import recipe_from_dict
+
+LANGUAGE = {
+    "num_layers": 12,
+    "hidden_size": 768,
+    "num_heads": 12,
+    "ffn_hidden_size": 2048,
+    "vocab_size": 32000,
+    "max_positions": 512,
+}
+VISION = {
+    "image_size": 28,
+    "patch_size": 14,
+    "width": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "mlp_width": 128,
+}
+ASYNC = "save asynchronously"
+POLL_EVERY = 0.2  # seconds: a short step of training
+
+
+class _NoHash:
+    def update(self, data: object) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+@contextmanager
+def without_hashes() -> Iterator[None]:
+    """Nothing is hashed, and no manifest written or read; the rest is the same."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(hashed_file, "hashlib", SimpleNamespace(sha256=_NoHash)))
+        entry = lambda path: FileEntry(path.stat().st_size, "")  # noqa: E731
+        stack.enter_context(mock.patch.object(manifests, "hash_file", entry))
+        stack.enter_context(mock.patch.object(loading.manifests, "find_damage", lambda *args: []))
+        yield
+
+
+class Run:
+    """One rank's model, and the checkpoints that it saves."""
+
+    def __init__(self, folder: Path, asynchronous: bool) -> None:
+        raw = {
+            "name": "benchmark",
+            "run_dir": "unused",
+            "tokenizer": "unused",
+            "model": {
+                "assembly": "merged",
+                "connector": {"kind": "mlp"},
+                "language": LANGUAGE,
+                "vision": VISION,
+            },
+            "data": {"sequence_length": 64},
+            "training": {"global_batch_size": dist_size(), "micro_batch_size": 1, "precision": "fp32"},
+            "checkpoint": {"keep": 1, "asynchronous": asynchronous},
+        }
+        self.recipe = recipe_from_dict(raw)
+        self.layout = groups.initialize(self.recipe.parallel, torch.device("cpu"), "gloo")
+        self.models = build_model(self.recipe, self.layout, "local", 3)
+        initialize(self.models, weight_drawer(self.recipe.model, 1))
+        wrapped = wrap_data_parallel(self.models, self.recipe, self.layout)
+        self.optimizer = build_optimizer(wrapped, self.recipe, self.layout)
+        for model in wrapped:
+            for buffer in model.buffers:
+                buffer.grad_data.normal_(generator=torch.Generator().manual_seed(2))
+        self.optimizer.step()
+        self.num_parameters = sum(p.numel() for model in self.models for p in model.parameters())
+        self.seconds = 0.0
+        self.checkpoints = Checkpoints(
+            folder, self.models, self.optimizer, self.recipe, Path.mkdir, self.layout, lambda line: None
+        )
+
+    def save(self, step: int) -> float:
+        """Seconds that training stands still; it goes on for as long as files are written."""
+        dist.barrier()
+        started = time.perf_counter()
+        self.checkpoints.save(Progress(step, step))
+        standing = time.perf_counter() - started
+        while self.checkpoints._pending is not None:
+            time.sleep(POLL_EVERY)
+            started = time.perf_counter()
+            self.checkpoints.poll()
+            standing += time.perf_counter() - started
+        return standing
+
+    def load(self, cold: bool) -> float:
+        """Seconds of a load."""
+        if cold:
+            forget(self.checkpoints.directory)
+        dist.barrier()
+        started = time.perf_counter()
+        assert self.checkpoints.load_newest() is not None
+        return time.perf_counter() - started
+
+
+def dist_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def forget(directory: Path) -> None:
+    """Take the files out of the page cache."""
+    for path in directory.rglob("*.distcp"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(folder: str, rounds: int) -> dict[str, Any]:
+    """Seconds of every turn, of the clock and of this rank's processors, by side."""
+    torch.set_num_threads(1)
+    saving = Run(Path(folder) / "sync", False)
+    sides: dict[str, Callable[[int], float]] = {
+        "save": saving.save,
+        "save raw": lambda step: _raw(saving.save, step),
+    }
+    found: dict[str, list[tuple[float, float]]] = {}
+    _take_turns(sides, found, rounds)
+    saving.checkpoints._frozen_files = None  # their hashes are those of a raw save
+    saving.save(10**6)  # with hashes, to be loaded
+    sides = {
+        "load": lambda step: saving.load(False),
+        "load raw": lambda step: _raw(saving.load, False),
+        "load from disk": lambda step: saving.load(True),
+        "load from disk raw": lambda step: _raw(saving.load, True),
+    }
+    _take_turns(sides, found, rounds)
+    size = sum(p.stat().st_size for p in list_checkpoints(saving.checkpoints.directory)[0].rglob("*"))
+    saving.checkpoints.wait()
+    shutil.rmtree(saving.checkpoints.directory, ignore_errors=True)
+    saving.recipe.checkpoint.asynchronous = True
+    saving.checkpoints = Checkpoints(
+        Path(folder) / "async",
+        *(saving.models, saving.optimizer, saving.recipe, Path.mkdir, saving.layout),
+        lambda line: None,
+    )
+    _take_turns({ASYNC: saving.save}, found, rounds)
+    result = {"seconds": found, "bytes": size, "parameters": saving.num_parameters}
+    groups.shutdown()
+    return result
+
+
+def _raw(work: Callable[[Any], float], argument: Any) -> float:
+    with without_hashes():
+        return work(argument)
+
+
+def _take_turns(
+    sides: dict[str, Callable[[int], float]], found: dict[str, list[tuple[float, float]]], rounds: int
+) -> None:
+    for turn in range(rounds + 1):  # the first one warms up
+        order = list(sides.items())
+        for number, (side, work) in enumerate(order if turn % 2 else reversed(order)):
+            cpu = time.process_time()
+            seconds = work(1 + turn * len(order) + number)
+            if turn:
+                found.setdefault(side, []).append((seconds, time.process_time() - cpu))
+
+
+def report(world: int, results: list[dict[str, Any]]) -> None:
+    """Print a row of a table for each side: the slowest rank's time, and all ranks' processors together."""
+    size, parameters = results[0]["bytes"] / 1e9, results[0]["parameters"] / 1e6
+    print(f"{world} rank(s), {parameters:.0f}M parameters, {size:.2f} GB, {os.cpu_count()} cores,")
+    print(f"load {' '.join(f'{x:.1f}' for x in os.getloadavg())}; fastest, median, slowest turn")
+    clock: dict[str, float] = {}
+    processors: dict[str, float] = {}
+    for side in results[0]["seconds"]:
+        turns = list(zip(*(result["seconds"][side] for result in results), strict=True))
+        times = sorted(max(seconds for seconds, _ in turn) for turn in turns)
+        clock[side] = statistics.median(times)
+        processors[side] = statistics.median(sum(cpu for _, cpu in turn) for turn in turns)
+        print(
+            f"  {side}: {times[0]:.2f} {clock[side]:.2f} {times[-1]:.2f} s, "
+            f"{processors[side]:.2f} s of processors"
+        )
+    for side, peer in (*((n, f"{n} raw") for n in ("save", "load", "load from disk")), (ASYNC, "save")):
+        print(
+            f"  {side} / {peer}: {clock[side] / clock[peer]:.2f} by the clock, "
+            f"{processors[side] / processors[peer]:.2f} of processors"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (median)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    parser.add_argument(
+        "--folder", type=Path, help="where files are written (default: the system's for such)"
+    )
+    parser.add_argument("--json", action="store_true", help="print every measurement as well")
+    args = parser.parse_args()
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    for world in args.ranks:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            arguments = {"folder": str(Path(folder) / "checkpoints"), "rounds": args.rounds}
+            files = run_processes(
+                world, "checkpoint:measure", arguments, Path(folder), 3600, {"PYTHONPATH": path}
+            )
+            results = [torch.load(file, weights_only=True) for file in files]
+        report(world, results)
+        if args.json:
+            print(json.dumps([result["seconds"] for result in results]))
+
+
+if __name__ == "__main__":
+    main()
