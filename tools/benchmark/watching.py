@@ -115,7 +115,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             env = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": str(2 // processes)}
             files = run_processes(processes, "watching:compare", args, Path(folder), 1200, env)
-            watched, bare = torch.load(files[0])
+            watched, bare = torch.load(files[0], weights_only=True)
         ratios = [a / b for a, b in zip(watched, bare, strict=True)]
         with_it, without = statistics.median(watched), statistics.median(bare)
         low, middle, high = statistics.quantiles(ratios)
