@@ -17,12 +17,14 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from megamm.errors import INTERRUPTED, UNEXPECTED, MegammError, is_final
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _END = "megamm/end"  # key of the store
+END_FILE = "MEGAMM_END_FILE"  # set by examples/cluster/train.sbatch: where it reads the exit code of a run
 _PATIENCE = timedelta(seconds=5)
 
 
@@ -93,7 +95,8 @@ def earlier_end(environment: Mapping[str, str]) -> int | None:
 
 
 def keep_end(environment: Mapping[str, str], code: int, reason: str) -> None:
-    """Tell later attempts of this launch that it has ended for good, if `code` says that.
+    """Tell later attempts of this launch that it has ended for good, if `code` says that; also the script of
+    a Slurm job, which hears from srun the highest exit code, that of ranks which srun itself has killed.
 
     Args:
         environment: of this process.
@@ -102,6 +105,9 @@ def keep_end(environment: Mapping[str, str], code: int, reason: str) -> None:
     """
     if code == 0 or not is_final(code):
         return
+    if END_FILE in environment:
+        with contextlib.suppress(OSError):
+            Path(environment[END_FILE]).write_text(f"{code}\n")
     with contextlib.suppress(RuntimeError):  # the launcher ends at this moment
         store = _store_of_launch(environment)
         if store is not None and not store.check([_END]):
