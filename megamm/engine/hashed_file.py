@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megamm.engine.manifest import FileEntry
@@ -36,13 +37,17 @@ class HashedFile:
         self._file = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
         self._started = 0
-        self._start_disk = start_disk and hasattr(_libc, "sync_file_range")
+        # a thread of its own: the call waits where the disk has a queue
+        can = start_disk and hasattr(_libc, "sync_file_range")
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="disk") if can else None
         self.size = 0
 
     def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._starter:
+            self._starter.shutdown(cancel_futures=True)
         self._file.close()
 
     @property
@@ -55,16 +60,16 @@ class HashedFile:
         length = memoryview(data).nbytes
         write_at(self._file.fileno(), data, self.size)
         self.size += length
-        if self._start_disk and self.size - self._started >= _START_EVERY:
-            self._start()
+        if self._starter and self.size - self._started >= _START_EVERY:
+            self._starter.submit(self._start, self._started, self.size - self._started)
+            self._started = self.size
         self._hash.update(data)
         return length
 
-    def _start(self) -> None:
+    def _start(self, begin: int, length: int) -> None:
         """A hint: a file system that cannot does without."""
-        begin, length = (ctypes.c_int64(n) for n in (self._started, self.size - self._started))
-        _libc.sync_file_range(self._file.fileno(), begin, length, _START_WRITING)
-        self._started = self.size
+        place = (ctypes.c_int64(begin), ctypes.c_int64(length))
+        _libc.sync_file_range(self._file.fileno(), *place, _START_WRITING)
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -132,7 +132,10 @@ class SharedVerification:
         files = self.manifest.files
         large = sorted((name for name in files if name.endswith(".distcp")), key=lambda n: -files[n].size)
         small = sorted(files.keys() - set(large))
-        self._agree(manifests.find_damage(self._checkpoint, _mine(small), files))
+        damage = manifests.find_damage(self._checkpoint, _mine(small), files)
+        if any(gather(bool(damage))):  # name all of it
+            damage += manifests.find_damage(self._checkpoint, _mine(large), files)
+        self._agree(damage)
         self._jobs = [
             self._pool.submit(manifests.find_damage, self._checkpoint, [name], files) for name in _mine(large)
         ]

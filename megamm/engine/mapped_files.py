@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -103,11 +103,29 @@ class MappedFile:
 
     def part(self, offset: int, length: int) -> BinaryIO:
         """A part of the file as a file of its own."""
-        return io.BufferedReader(_Part(self._map, offset, length))
+        return io.BufferedReader(FilePart(self._map, offset, length))
 
 
-class _Part(io.RawIOBase):
-    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
+class Readable(Protocol):
+    """A file that is read at any place."""
+
+    def read(self, offset: int, length: int, /) -> bytes: ...
+
+    def part(self, offset: int, length: int, /) -> BinaryIO: ...
+
+
+class Bytes(Protocol):
+    """What gives bytes for a slice."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
+
+
+class FilePart(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, data: Bytes, offset: int, length: int) -> None:
         self._data, self._offset, self._position = data, offset, 0
         self._length = max(0, min(length, len(data) - offset))
 
@@ -174,7 +192,7 @@ class UntrustedPickle(ValueError):
     """A file that only its author could vouch for."""
 
 
-def unpickled_extents(file: MappedFile, offset: int, length: int) -> Any:
+def unpickled_extents(file: Readable, offset: int, length: int) -> Any:
     """What torch.save wrote into a part of a file, with an `Extent` for every tensor; reads no numbers.
 
     Only tensors and plain containers are made (weights_only): nothing in the file is executed.

@@ -32,10 +32,12 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from megamm.engine.cpu import replace_symbol
 from megamm.engine.manifest import DamagedCheckpoint, UntrustedCheckpoint
+from megamm.engine.mapped_files import Extent, UntrustedPickle, unpickled_extents
+from megamm.engine.reading import OpenFile
 
 INDEX, COMMON = ".metadata", "common.pt"
 FROZEN = "frozen"  # the one directory beside its own whose files an index may name
@@ -147,6 +149,8 @@ def _check_places(path: Path, index: Metadata) -> None:
     """Raise UntrustedCheckpoint if the index takes tensors from files that are none of the checkpoint's."""
     for info in index.storage_data.values():
         name = getattr(info, "relative_path", None)
+        if getattr(info, "transform_descriptors", None):
+            raise UntrustedCheckpoint(f"{path}: has files that are packed in a way of their own; {_REMEDY}")
         numbers = [getattr(info, "offset", None), getattr(info, "length", None)]
         if type(name) is not str or not _FILE.fullmatch(name) or [type(n) for n in numbers] != [int, int]:
             raise UntrustedCheckpoint(f"{path}: names the file {str(name)[:100]!r}; {_REMEDY}")
@@ -158,7 +162,6 @@ class RestrictedReader(dcp.FileSystemReader):
     def __init__(self, path: Any) -> None:
         super().__init__(path)
         self._index: Metadata | None = None
-        self._file = ""  # which is read
 
     def read_metadata(self) -> Metadata:  # type: ignore[override] # (without the files of single ranks)
         """The index, read once."""
@@ -168,14 +171,32 @@ class RestrictedReader(dcp.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Any:
         """Read tensors into their places; objects go to the planner, which is a `RestrictedPlanner`."""
-        try:
-            return super().read_data(plan, planner)
-        except pickle.UnpicklingError as error:
-            raise untrusted(Path(self.path) / self._file, error) from None
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            path = Path(self.path) / name
+            try:
+                with OpenFile(path) as file:
+                    for item in items:
+                        self._read(file, item, planner)
+            except (pickle.UnpicklingError, UntrustedPickle) as error:
+                raise untrusted(path, error) from None
+        done: torch.futures.Future[None] = torch.futures.Future()
+        done.set_result(None)
+        return done
 
-    def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        self._file = sinfo.relative_path
-        return super()._slice_file(file, sinfo)
+    def _read(self, file: OpenFile, item: ReadItem, planner: Any) -> None:
+        place = self.storage_data[item.storage_index]
+        if item.type == LoadItemType.BYTE_IO:
+            planner.load_bytes(item, io.BytesIO(file.read(place.offset, place.length)))
+            return
+        extent = unpickled_extents(file, place.offset, place.length)
+        target = planner.resolve_tensor(item).detach()
+        if not isinstance(extent, Extent) or target.size() != item.lengths:
+            raise ValueError(f"{file.path}: holds no tensor where its index says")
+        file.read_into(target, extent, item.storage_offsets, item.lengths)
+        planner.commit_tensor(item, target)
 
 
 # --- objects --------------------------------------------------------------------------------------------
