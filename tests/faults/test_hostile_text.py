@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable
@@ -58,7 +59,8 @@ RECIPES: dict[str, bytes] = {
 }
 
 
-DRAW = random.SystemRandom()
+# the same cases in all workers of a test run, others in the next
+DRAW = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
 SOME = 4
 
 
