@@ -216,7 +216,7 @@ def unpickled_extents(file: Readable, offset: int, length: int) -> Any:
     return _with_extents(content, offset, count(1))
 
 
-def _refuse_bombs(file: MappedFile, offset: int, length: int) -> None:
+def _refuse_bombs(file: Readable, offset: int, length: int) -> None:
     """What would take more memory than the file has bytes, before any of it is unpickled.
 
     Raises:
