@@ -86,7 +86,9 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def build_session(recipe: Recipe, report: Report, joined: Callable[[Groups], object]) -> Session:
+def build_session(
+    recipe: Recipe, report: Report, joined: Callable[[Groups], object] = lambda _: None
+) -> Session:
     """Join the other ranks, build the model in the recipe's layout, give it its weights (random, from
     `training.init_from`, or from the run's newest checkpoint).
 

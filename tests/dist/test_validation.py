@@ -46,7 +46,7 @@ def look(recipes: dict[str, str], overrides: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, path in recipes.items():
         recipe = load_recipe(Path(path), overrides)
-        session = build_session(recipe, lambda _: None, joined=lambda _: None)
+        session = build_session(recipe, lambda _: None)
         initialize(session.models, draw_visible(recipe))
         validation = Validation(session, None)
         held_out, panels = validation._held_out, validation._panels

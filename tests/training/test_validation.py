@@ -219,7 +219,7 @@ def test_missing_files_stop_the_run_before_it_starts(
 def test_pixels_are_those_of_evaluation(make: Callable[..., Recipe]) -> None:
     """Neither cropped nor flipped at random, nor decoded small; the same in every look and stage."""
     recipe = make()
-    session = build_session(recipe, print, joined=lambda _: None)
+    session = build_session(recipe, print)
     validation = Validation(session, None)
     assert validation._held_out is not None
     batches, _ = validation._held_out._read()
@@ -263,7 +263,7 @@ def test_few_samples_and_unreadable_ones_are_said(
     data = prepared(tmp_path / "few", conversations(names, 6), tokenizer_dir, [folder]).out
     broken = folder / names[0]
     broken.write_bytes(broken.read_bytes()[:60] + b"\0" * 40)
-    session = build_session(make("run", f"validation.data={data}"), print, joined=lambda _: None)
+    session = build_session(make("run", f"validation.data={data}"), print)
     said: Any = Validation(session, None)._held_out
     groups.shutdown()
     assert "loss over 12 samples of" in said.description and "which has 6, so some count" in said.description
