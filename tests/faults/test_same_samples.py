@@ -12,30 +12,24 @@ from pathlib import Path
 import pytest
 
 from tests.faults import recorded
-from tests.training import runs
 from tests.training.runs import STEPS, kill, run, start, wait_for_step, write_recipe
 
 PACKED = ["--data.pack=true", "--data.sequence_length=256", "--training.micro_batch_size=2"]
 SHORT = ["--training.micro_batch_size=2"]  # four micro-batches in a step of one process
 
 
-@pytest.fixture(autouse=True)
-def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "MEGAMM", "tests.faults.recorded:megamm")
-
-
 def samples(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path, overrides: list[str], kills: list[list[str]]
+    folder: Path, recipe: Path, overrides: list[str], kills: list[list[str]]
 ) -> tuple[recorded.Notes, recorded.Notes]:
     """Of a run that is killed once for each of `kills` (the overrides of each attempt and how many processes
     it has), some time after a random step: what the attempts before the last one, and the last one, used."""
     draw, notes, log = random.SystemRandom(), folder / "notes", folder / "log"
     notes.mkdir(parents=True)
-    monkeypatch.setenv(recorded.FOLDER, str(notes))
+    noted = {"target": "tests.faults.recorded:megamm", recorded.FOLDER: str(notes)}
     arguments = [*overrides, f"--run_dir={folder / 'run'}", f"--optimizer.decay_steps={STEPS}"]
     *killed, last = kills
     for number, (processes, *more) in enumerate(killed):
-        process = start(recipe, log, *arguments, *more, processes=int(processes))
+        process = start(recipe, log, *arguments, *more, processes=int(processes), **noted)
         try:
             wait_for_step(folder / "run", draw.randint(4 * number + 3, 4 * number + 6), process)
             time.sleep(draw.uniform(0, 0.1))  # to be in the middle of a step
@@ -43,7 +37,7 @@ def samples(
             kill(process)
     first = {path.name for path in notes.iterdir()}
     processes, *more = last
-    code = run(recipe, log, *arguments, *more, processes=int(processes))
+    code = run(recipe, log, *arguments, *more, processes=int(processes), **noted)
     assert code == 0, log.read_text()
     if killed:
         assert "resumed at step" in log.read_text()
@@ -52,15 +46,14 @@ def samples(
 
 def check(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     dataset: Path,
     tokenizer: Path,
     overrides: list[str],
     attempts: list[list[str]],
 ) -> None:
     recipe = write_recipe(tmp_path, dataset, tokenizer)
-    _, whole = samples(tmp_path / "whole", monkeypatch, recipe, overrides, [["1"]])
-    before, after = samples(tmp_path / "killed", monkeypatch, recipe, overrides, attempts)
+    _, whole = samples(tmp_path / "whole", recipe, overrides, [["1"]])
+    before, after = samples(tmp_path / "killed", recipe, overrides, attempts)
     assert len(whole) == STEPS
     assert sum(len(ids) for ids, _ in whole.values()) > 50, "the epoch ends on the way"
     for _, ranks in after.values():
@@ -74,15 +67,13 @@ def check(
     assert before.keys() | after.keys() == whole.keys(), "no step was left out"
 
 
-def test_killed_and_resumed_with_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset_dir: Path, tokenizer_dir: Path
-) -> None:
+def test_killed_and_resumed_with_others(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
     draw = random.SystemRandom()
     one, two = ["1", f"--data.workers={draw.randint(0, 1)}"], ["2", f"--data.workers={draw.randint(0, 2)}"]
     attempts = draw.choice([[one, two], [two, one]])
     overrides = draw.choice([PACKED, SHORT])
     print(attempts, overrides)
-    check(tmp_path, monkeypatch, dataset_dir, tokenizer_dir, overrides, attempts)
+    check(tmp_path, dataset_dir, tokenizer_dir, overrides, attempts)
 
 
 @pytest.mark.faults
@@ -93,11 +84,10 @@ def test_killed_and_resumed_with_all_others(
     attempts: list[str],
     overrides: list[str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     dataset_dir: Path,
     tokenizer_dir: Path,
 ) -> None:
     workers = random.SystemRandom().sample(range(4), len(attempts))
     print(workers)
     drawn = [[count, f"--data.workers={w}"] for count, w in zip(attempts, workers, strict=True)]
-    check(tmp_path, monkeypatch, dataset_dir, tokenizer_dir, overrides, drawn)
+    check(tmp_path, dataset_dir, tokenizer_dir, overrides, drawn)
