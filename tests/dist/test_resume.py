@@ -115,6 +115,7 @@ def save_on_a_full_disk(directory: str) -> list[str]:
         said.append(str(error))
     dist.barrier()  # until rank 0 has tidied up
     said += [path.name for path in Path(directory).iterdir()]
+    dist.barrier()  # until all have looked
     sharded_files._write_value = write
     checkpoints.save(Progress(2, 16))
     checkpoints.wait()

@@ -3,14 +3,17 @@ checkpoint by looking at all of them. One process, one model, some tens of damag
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megamm.engine import groups
+from megamm.engine import groups, manifest, reading
 from megamm.engine.manifest import MANIFEST
 from megamm.engine.manifest_format import spelled
 from megamm.errors import InputError
@@ -84,6 +87,43 @@ def test_swapped_directories(resume: Resume, copy: Copy) -> None:
     (copy.directory / "aside").rename(copy.older)
     assert resume(copy.directory) == 3
     assert "manifest.json: is that of step 6, so the directory was renamed" in resume.said[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
+@pytest.mark.parametrize(
+    "name", [MANIFEST, "recipe.yaml", "shards/.metadata", "shards/__0_0.distcp", "shards"]
+)
+def test_files_that_may_not_be_read(name: str, resume: Resume, copy: Copy) -> None:
+    for folder in copy.run_dir.parents:
+        if str(folder).startswith("/tmp/"):
+            folder.chmod(0o755)
+    (copy.newest / name).chmod(0)
+    os.seteuid(65534)
+    try:
+        assert resume(copy.directory) == 6
+    finally:
+        os.seteuid(0)
+    assert len(resume.said) == 1 and "cannot be read (Permission denied" in resume.said[0]
+    assert str(copy.newest / name) in resume.said[0] and "\n" not in resume.said[0]
+
+
+@pytest.mark.parametrize("owner, function", [(manifest, "hash_file"), (reading.OpenFile, "fill")])
+def test_a_disk_that_fails(
+    owner: object, function: str, resume: Resume, copy: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While files are compared, and while tensors are read from them."""
+    whole = getattr(owner, function)
+
+    def failing(file: Path | reading.OpenFile, *args: object) -> object:
+        path = file if isinstance(file, Path) else file.path
+        if path.name == "__0_1.distcp" and "step_00000009" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return whole(file, *args)
+
+    monkeypatch.setattr(owner, function, failing)
+    assert resume(copy.directory) == 6
+    assert len(resume.said) == 1 and "\n" not in resume.said[0]
+    assert re.search(r"passed over: \S+/__0_1\.distcp: cannot be read \(Input/output error\)", resume.said[0])
 
 
 def test_strict_does_not_fall_back(resume: Resume, copy: Copy) -> None:

@@ -51,6 +51,28 @@ def test_nothing_good_never_means_from_the_start(
     assert sorted(copy.run_dir.rglob("*")) == before and curve(copy.run_dir) == curve(trained / "run")
 
 
+def test_verify_names_every_bad_checkpoint(copy: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", "--all", str(copy.run_dir)]
+    assert cli.main(command) == 0
+    assert [line.split(": ")[0] for line in capfd.readouterr().out.splitlines()] == [
+        str(path) for path in (copy.newest, copy.older, copy.oldest)
+    ]
+    (copy.older / "recipe.yaml").write_text("")
+    (copy.oldest / MANIFEST).unlink()
+    shutil.copytree(copy.newest, copy.directory / "step_00000012")  # what it says is that of step 9
+    assert cli.main(command) == 2
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 4 and [line.startswith("BAD ") for line in said] == [True, False, True, True]
+    assert "step_00000012/manifest.json: is that of step 9" in said[0]
+    assert f"{copy.older / 'recipe.yaml'}: 0 bytes instead of" in said[2] and "missing" in said[3]
+    assert cli.main(["verify", str(copy.newest)]) == 0 and cli.main(["verify", str(copy.run_dir)]) == 2
+    capfd.readouterr()
+    shutil.rmtree(copy.directory / "step_00000012")
+    (copy.directory / "step_00000012").mkdir()  # never completed, so it is not the newest
+    assert cli.main(["verify", str(copy.run_dir)]) == 0
+    assert str(copy.newest) in capfd.readouterr().out
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_places_before_a_run_trains(
