@@ -14,7 +14,7 @@ from megamm.engine import groups
 from megamm.engine.manifest import MANIFEST
 from tests.faults.checkpoints import DAMAGES, Copy, files_of
 from tests.faults.conftest import FROZEN, OVERRIDES
-from tests.training.runs import curve, newest_state
+from tests.training.runs import curve, newest_state, run
 
 SEED = random.SystemRandom().randrange(2**32)
 
@@ -75,24 +75,19 @@ def test_verify_names_every_bad_checkpoint(copy: Copy, capfd: pytest.CaptureFixt
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(4))
-def test_two_hundred_places_before_a_run_trains(
-    part: int, trained: Path, copy: Copy, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_hundred_places_before_a_run_trains(part: int, trained: Path, copy: Copy, tmp_path: Path) -> None:
     """The whole command, strict."""
-    draw = random.Random(f"{SEED} {part}")
-    command = ["train", str(trained / "recipe.yaml"), FROZEN, f"--run_dir={copy.run_dir}", "--resume.strict"]
+    draw, log = random.Random(f"{SEED} {part}"), tmp_path / "log"
     names = files_of(copy.newest)
     for number in range(50):
         name, damage = names[number % len(names)], draw.choice(DAMAGES)
         damage(copy.newest / name, draw)
-        try:
-            code = cli.main(command)
-        finally:
-            groups.shutdown()
-        said = capfd.readouterr().err
+        code = run(trained / "recipe.yaml", log, FROZEN, f"--run_dir={copy.run_dir}", "--resume.strict")
+        said = log.read_text()
         assert code == 2 and said.count("\n") == 1, (damage, name, said, SEED)
         assert str(copy.newest / name) in said, (damage, name, said, SEED)
         copy.repair()
+        log.unlink()
     assert curve(copy.run_dir) == curve(trained / "run")
 
 
