@@ -301,9 +301,9 @@ class WatchdogConfig:
     Attributes:
         enabled: look at all.
         silent_s: a process that gives no sign of life for so long is stopped, gone or stuck outside Python.
-        stuck_s: one that lives and gets no further for so long hangs; null: 20 times the longest of the last
-            steps, at least 60 seconds, within a step, and parallel.timeout_s around it (data, checkpoints,
-            validation).
+        stuck_s: one that lives and gets no further within a step for so long hangs; null: 20 times the
+            longest of the last steps, at least 60 seconds. Around steps (data, checkpoints, validation) it
+            is one call that lasts for nine tenths of parallel.timeout_s.
         slow_factor: a rank is reported as slow if it works so many times as long as others in its place, and
             they wait for it half of the time; 0: never.
     """

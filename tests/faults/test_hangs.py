@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from megamm.training.watchdog.beat import Alarm, Beat
 from megamm.training.watchdog.slow_ranks import _outlier
 from megamm.training.watchdog.verdict import judge
 from megamm.training.watchdog.watchdog import INTERVAL_S, Awake
+from megamm.training.watchdog.whereabouts import Whereabouts
 from tests.faults.inject import fault
 from tests.faults.test_anomalies import incidents
 from tests.training.runs import Ranks, kill, run, start, wait_for_step, write_recipe
@@ -76,6 +78,33 @@ def test_time_in_which_the_watcher_itself_slept_does_not_count() -> None:
     assert [awake.see(1, INTERVAL_S) for _ in range(3)] == [0.0, INTERVAL_S, 2 * INTERVAL_S]
     assert awake.see(1, 3600.0) == 5 * INTERVAL_S
     assert awake.see(2, 3600.0) == 0.0
+
+
+def test_what_takes_long_around_steps_gets_further() -> None:
+    """A loop of many calls does, one call does not; within a step only what the loop notes counts."""
+    here = Whereabouts()
+
+    def marks_during(work: Callable[[], object]) -> set[object]:
+        found = set[object]()
+        ended = threading.Event()
+
+        def look() -> None:
+            time.sleep(0.05)  # until the work has begun
+            while not ended.wait(0.01):
+                found.add(here.mark())
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        work()
+        ended.set()
+        thread.join()
+        return found
+
+    here.at("validation")
+    assert len(marks_during(lambda: [sorted(range(n)) for n in range(1500)])) > 1
+    assert len(marks_during(lambda: time.sleep(0.3))) <= 2  # the second: after its end
+    here.at("update")
+    assert len(marks_during(lambda: [sorted(range(n)) for n in range(1500)])) == 1
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Watchdog:
 
     def _own_alarm(self, elapsed: float) -> Alarm | None:
         """The alarm to raise, if this rank is stuck, or the next one silent."""
-        stuck = self._stuck.see((self._here.step, self._here.phase, self._here.since), elapsed)
+        stuck = self._stuck.see(self._here.mark(), elapsed)
         if stuck > self._patience():
             return self._board.raise_alarm(Alarm(self._rank, None, stuck, _folder_name()))
         if self._size == 1:

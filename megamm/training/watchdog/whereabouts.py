@@ -103,6 +103,16 @@ class Whereabouts:
             where = f"{module}, {where}"
         return (f"{_collective_of(frame)}, called by {where}" if is_waiting else where), is_waiting
 
+    def mark(self) -> object:
+        """Something that changes whenever the loop gets further. Within a step that is what the loop has
+        noted; around it (data, checkpoints, validation), which may take as long as they like in many calls,
+        it is also where the thread stands."""
+        noted = (self.step, self.phase, self.since)
+        if self.phase in STEP_PHASES:
+            return noted
+        frame = sys._current_frames().get(self._main_thread)
+        return (*noted, id(frame), frame.f_lasti if frame is not None else 0)
+
     def is_waiting(self) -> bool:
         """Whether the loop's thread waits for other ranks at this moment."""
         frame = sys._current_frames().get(self._main_thread)
