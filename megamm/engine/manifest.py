@@ -116,7 +116,8 @@ def read_committed(checkpoint: Path) -> Manifest:
         DamagedCheckpoint: it is not, or has no valid manifest.
     """
     manifest = read_manifest(checkpoint)
-    if step_directory(manifest.step) != checkpoint.name:
+    # weights alone are of no step, whatever the directory is called
+    if manifest.has_optimizer and step_directory(manifest.step) != checkpoint.name:
         raise DamagedCheckpoint(
             f"{checkpoint / MANIFEST}: is that of step {manifest.step}, so the directory was renamed or its "
             f"content exchanged; use another checkpoint"

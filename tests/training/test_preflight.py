@@ -215,6 +215,9 @@ def test_disk(make: Make, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="checkpoints"):
         look(recipe)
     assert disk.checkpoints_at_once(make("checkpoint.interval=0", "checkpoint.keep=5")) == 1
+    every = ["training.steps=1000", "checkpoint.interval=20", "checkpoint.keep=2"]
+    assert disk.checkpoints_at_once(make(*every, "checkpoint.keep_every=50")) == 3 + 10
+    assert disk.checkpoints_at_once(make(*every, "checkpoint.keep_every=20")) == 50
     assert disk.checkpoint_bytes(make("training.precision=fp32"), 1) == 12 * GIB + 12 * GIB
 
 
