@@ -38,6 +38,7 @@ class Whereabouts:
     def __init__(self) -> None:
         self.step, self.phase, self.micro_batch = 0, "start", 0
         self.samples: list[list[int]] = []
+        self._spelled: tuple[list[list[int]], str] = ([], "[]")
         self.mirror = -1
         self.since = time.monotonic()
         self._main_thread = threading.get_ident()
@@ -68,9 +69,10 @@ class Whereabouts:
 
     def _write_mirror(self) -> None:
         if self.mirror >= 0:
-            fields = [self.step, self.phase, self.micro_batch, self.samples]
-            text = json.dumps(fields).encode() + b"\n"  # what stands behind it is of a longer one before
-            os.pwrite(self.mirror, text, 0)
+            if self._spelled[0] is not self.samples:  # once a step: there may be thousands
+                self._spelled = self.samples, json.dumps(self.samples)
+            text = f"[{self.step}, {json.dumps(self.phase)}, {self.micro_batch}, {self._spelled[1]}]\n"
+            os.pwrite(self.mirror, text.encode(), 0)  # what stands behind the line is of a longer one before
 
     def know_modules(self, models: Iterable[torch.nn.Module]) -> None:
         """Take note of the names of a model's modules, so that code that runs in one is named after it."""
