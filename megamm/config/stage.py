@@ -309,7 +309,7 @@ class WatchdogConfig:
     """
 
     enabled: bool = True
-    silent_s: float = 30.0
+    silent_s: float = 20.0
     stuck_s: Optional[float] = None
     slow_factor: float = 3.0
 

@@ -25,7 +25,7 @@ from megamm.training.logging import RunLogger, StepStats
 from megamm.training.setup import Session
 from megamm.training.stopping import STOPPED, StopRequests
 from megamm.training.validation import Validation
-from megamm.training.watchdog.slow_ranks import WorkMeter, find_slow
+from megamm.training.watchdog.slow_ranks import SlowRanks, WorkMeter
 from megamm.training.watchdog.whereabouts import WatchedBatches, Whereabouts
 
 WINDOW = 20  # steps between two looks at which rank is slow
@@ -82,6 +82,9 @@ class Loop:
         self._session, self._logger = session, logger
         self._watchers, self._here = watchers, watchers.here
         self._recipe, self._last_step = session.recipe, session.recipe.training.steps
+        watchdog = session.recipe.watchdog
+        factor = watchdog.slow_factor if watchdog.enabled else 0.0
+        self._slow_ranks = SlowRanks(watchers.meter, session.groups, factor)
         self._policy = AnomalyPolicy(session.recipe.anomalies, session.progress.anomalies)
         self._skipped_samples = logger.skipped_samples if logger is not None else 0
 
@@ -164,7 +167,7 @@ class Loop:
     def _log(self, result: StepResult, feed: BatchFeed, batches: list[Batch], seconds: float) -> None:
         counts = _counts(batches, self._session)
         self._skipped_samples += counts["skipped"]
-        step, settings = self.progress.step, self._recipe.watchdog
+        step = self.progress.step
         if self._logger is not None:
             self._logger.step(
                 StepStats(
@@ -186,9 +189,8 @@ class Loop:
                     memory=memory_used(self._session.groups.device),
                 )
             )
-        if settings.enabled and settings.slow_factor and step % WINDOW == 0 and dist.get_world_size() > 1:
-            layout = self._session.groups
-            slow = find_slow(self._watchers.meter, layout.pp_rank, settings.slow_factor, layout.device)
+        if step % WINDOW == 0:
+            slow = self._slow_ranks.find()
             if slow is not None:
                 self._record("slow_rank", f"step {step}: {slow}")
 

@@ -21,8 +21,10 @@ from megamm.training.watchdog.verdict import judge
 from megamm.training.watchdog.watchdog import INTERVAL_S, Awake
 from megamm.training.watchdog.whereabouts import Whereabouts
 from tests.faults.inject import fault
+from tests.faults.launches import LAYOUTS as LAUNCHED
+from tests.faults.launches import Launch
 from tests.faults.test_anomalies import incidents
-from tests.training.runs import Ranks, kill, run, start, wait_for_step, write_recipe
+from tests.training.runs import STEPS, Ranks, assert_same_end, kill, run, start, wait_for_step, write_recipe
 
 LAYOUTS = ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.tensor=1"]
 LONG = ["--training.steps=100000", "--checkpoint.interval=100"]
@@ -252,3 +254,27 @@ def test_no_false_alarm(layout: str, tmp_path: Path, recipe: Path) -> None:
         tmp_path / "log"
     ).read_text()
     assert incidents(tmp_path / "run") == [] and not (tmp_path / "run" / "hangs").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("layout", LAUNCHED)
+def test_a_stopped_rank_is_started_again(
+    layout: str, tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path, recipe: Path
+) -> None:
+    """By torchrun, with the watchdog's own patience: within 90 seconds, and with the same end."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    same = write_recipe(whole, dataset_dir, tokenizer_dir)
+    assert run(same, whole / "log", *LAUNCHED[layout], processes=2) == 0, (whole / "log").read_text()
+    draw = random.SystemRandom()
+    with Launch(recipe, tmp_path / "log", *LAUNCHED[layout]) as launch:
+        launch.wait_for_step(tmp_path / "run", draw.randint(4, STEPS - 3))
+        os.kill(launch.ranks()[draw.randint(0, 1)].pid, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        while "resumed at step" not in launch.output():
+            assert time.monotonic() - stopped_at < 90 and launch.process.poll() is None, launch.output()
+            time.sleep(0.1)
+        print(f"started again after {time.monotonic() - stopped_at:.0f} s")
+        assert launch.wait(120) == 0, launch.output()[-5000:]
+    assert [incident["kind"] for incident in incidents(tmp_path / "run")] == ["hang"]
+    assert_same_end(whole / "run", tmp_path / "run")

@@ -31,7 +31,7 @@ from megamm.training.heartbeat import Heartbeats
 from megamm.training.loop import WINDOW, Watchers, train_step
 from megamm.training.stopping import StopRequests
 from megamm.training.watchdog import Watchdog, Whereabouts
-from megamm.training.watchdog.slow_ranks import WorkMeter, find_slow
+from megamm.training.watchdog.slow_ranks import SlowRanks, WorkMeter
 
 STEPS = 5  # of a turn
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -75,6 +75,7 @@ class Training(Side):
             requests.listen(self.layout.device)
             stack.enter_context(Watchdog(self.recipe, self.layout, here))
             meter = stack.enter_context(WorkMeter(here))
+            slow_ranks = SlowRanks(meter, self.layout, 3.0)
             watchers = Watchers(requests, stack.enter_context(Heartbeats({})), here, meter)
             started = time.perf_counter()
             for _ in range(STEPS):
@@ -84,8 +85,8 @@ class Training(Side):
                 assert not result.objection
                 self.policy.updated(result.loss, 0)
                 here.at("log")
-                if self.done % WINDOW == 0 and self.layout.dp_size * self.layout.tp_size > 1:
-                    find_slow(meter, self.layout.pp_rank, 3.0, self.layout.device)
+                if self.done % WINDOW == 0:
+                    slow_ranks.find()
             return (time.perf_counter() - started) / STEPS
 
 

@@ -14,13 +14,15 @@ import time
 from statistics import median
 from typing import NamedTuple
 
-import torch
+import torch.distributed as dist
 
 from megamm.device import product_seconds
+from megamm.engine.groups import Groups
 from megamm.engine.ranks import gather
 from megamm.training.watchdog.whereabouts import STEP_PHASES, Whereabouts
 
 INTERVAL_S = 0.05
+MIN_WINDOW_S = 5.0  # of steps: less is no measure
 WAITING_SHARE = 0.5  # of a step that is lost to a slow rank, before it is worth a word
 
 
@@ -42,11 +44,13 @@ class WorkMeter:
         self._stop.set()
         self._thread.join()
 
-    def take(self) -> tuple[float, float]:
-        """Seconds of work, and all seconds, of the steps since the last call."""
-        taken = self._working, self._whole
+    def read(self) -> tuple[float, float]:
+        """Seconds of work, and all seconds, of the steps since `restart`."""
+        return self._working, self._whole
+
+    def restart(self) -> None:
+        """Count from here on."""
         self._working, self._whole = 0.0, 0.0
-        return taken
 
     def _run(self) -> None:
         last = time.monotonic()
@@ -60,31 +64,46 @@ class WorkMeter:
             last = now
 
 
-def find_slow(meter: WorkMeter, stage: int, factor: float, device: torch.device) -> str | None:
-    """Who was much slower than the others since the last call; the same on all ranks (collective).
+class SlowRanks:
+    """Looks for ranks that are much slower than others in their place, in one window of training after the
+    other.
 
-    Args:
-        stage: of the pipeline: ranks of one stage have the same work.
-        factor: so many times as much work as the others is slow.
+    A moment's slowness is nobody's business: a rank is named if it is the slow one of two windows in a row.
     """
-    working, whole = meter.take()
-    found = gather((stage, working, whole, product_seconds(device)))
-    stages = [stage for stage, _, _, _ in found]
-    wall = max(whole for _, _, whole, _ in found)
-    slow = _outlier([working for _, working, _, _ in found], stages, factor)
-    if slow is not None and slow.seconds - slow.usual > WAITING_SHARE * wall:
-        return (
-            f"rank {slow.rank} is slow: of {wall:.1f} s of training it worked {slow.seconds:.1f} s, where "
-            f"others worked {slow.usual:.1f} s and waited for it"
-        )
-    products = [seconds for _, _, _, seconds in found]
-    slow = _outlier(products, stages, factor) if None not in products else None
-    if slow is not None:
-        return (
-            f"the GPU of rank {slow.rank} is slow: a matrix product takes it {1e3 * slow.seconds:.2f} ms and "
-            f"others {1e3 * slow.usual:.2f} ms"
-        )
-    return None
+
+    def __init__(self, meter: WorkMeter, layout: Groups, factor: float) -> None:
+        """
+        Args:
+            factor: so many times as much work as the others is slow; 0: never.
+        """
+        self._meter, self._layout, self._factor = meter, layout, factor
+        self._suspect: int | None = None
+
+    def find(self) -> str | None:
+        """Who is slow, in a sentence; None if nobody is, or the window is not over. The same on all ranks
+        (collective)."""
+        if not self._factor or dist.get_world_size() == 1:
+            return None
+        # ranks of one pipeline stage have the same work
+        found = gather((self._layout.pp_rank, *self._meter.read(), product_seconds(self._layout.device)))
+        stages, working, whole, products = (list(column) for column in zip(*found, strict=True))
+        if max(whole) < MIN_WINDOW_S:
+            return None
+        self._meter.restart()
+        slow, sentence = _outlier(working, stages, self._factor), None
+        if slow is not None and slow.seconds - slow.usual > WAITING_SHARE * max(whole):
+            sentence = (
+                f"rank {slow.rank} is slow: of {max(whole):.1f} s of training it worked {slow.seconds:.1f} "
+                f"s, where others worked {slow.usual:.1f} s and waited for it"
+            )
+        else:
+            slow = _outlier(products, stages, self._factor) if None not in products else None
+            sentence = slow and (
+                f"the GPU of rank {slow.rank} is slow: a matrix product takes it {1e3 * slow.seconds:.2f} "
+                f"ms and others {1e3 * slow.usual:.2f} ms"
+            )
+        before, self._suspect = self._suspect, slow and slow.rank
+        return sentence if slow is not None and slow.rank == before else None
 
 
 class _Slow(NamedTuple):
