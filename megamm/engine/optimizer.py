@@ -71,7 +71,8 @@ def build_optimizer(
         # all that is left of this multiplier is that groups are told apart by it when state is loaded, and
         # the others of these keys do not know groups that differ in rates
         group["lr_mult"] = number
-    config.grad_scale_func = optimizer.scale_loss
+    # No loss is scaled in bf16 and fp32, so grad_scale_func stays None: it would tie optimizer, model and
+    # groups into a knot that nobody can undo, whose groups keep gloo's threads running.
     config.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
