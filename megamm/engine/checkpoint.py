@@ -169,7 +169,7 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written and must succeed, or too many in a row could not.
         """
-        self.wait()
+        self._finish()
         started = time.perf_counter()
         final = self.directory / manifests.step_directory(progress.step)
         try:
@@ -179,7 +179,7 @@ class Checkpoints:
             return
         self._pending.seconds = time.perf_counter() - started
         if not self._recipe.checkpoint.asynchronous:
-            self.wait()
+            self._finish()
 
     def _begin(self, progress: Progress, final: Path, must_succeed: bool, started: float) -> _Pending:
         """Copy what training will change, write the small files, and start the threads for the large ones."""
@@ -222,20 +222,23 @@ class Checkpoints:
             self._advance(self._pending)
 
     def wait(self) -> None:
-        """Commit the pending checkpoint, waiting for its files.
+        """Commit the pending checkpoint, waiting for its files, and until old ones are deleted.
 
         Raises:
             RunError: a rank could not write, see `save`; on every rank.
         """
+        self._finish()
+        try:
+            self._end_removal()
+        except OSError as error:
+            self.report(f"warning: {self.directory}: an old checkpoint cannot be deleted ({describe(error)})")
+
+    def _finish(self) -> None:
         started = time.perf_counter()
         while self._pending is not None:
             # short collectives: none of them has to last as long as the slowest rank's disk
             if not self._advance(self._pending, started):
                 time.sleep(_POLL_INTERVAL)
-        try:
-            self._end_removal()
-        except OSError as error:
-            self.report(f"warning: {self.directory}: an old checkpoint cannot be deleted ({describe(error)})")
 
     def _advance(self, pending: _Pending, standing_since: float | None = None) -> bool:
         """Commit a checkpoint if its files are written, or give it up if they cannot be; whether it is over.

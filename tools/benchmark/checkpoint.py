@@ -4,9 +4,9 @@
     python tools/benchmark/checkpoint.py [--rounds 5] [--ranks 1 2] [--folder /tmp]
 
 A model with AdamW's state in fp32, 16 bytes per parameter, is saved and loaded by data-parallel ranks,
-through the classes that training uses. The peer ("raw") is the same code without hashes; it waits for the
-disk as well. Sides take turns, and every second turn in the other order. Loading is measured from the page
-cache, where nothing hides what verifying costs, and from the disk.
+through the classes that training uses. "Raw" is the same code without hashes; it waits for the disk as well.
+"As torch" is raw with torch's own writer and reader. Sides take turns, and every second turn in the other
+order. Loading is measured from the page cache, where nothing hides what verifying costs, and from the disk.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import (
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
 
-from megamm.engine import groups, hashed_file, loading
+from megamm.engine import groups, hashed_file, loading, sharded_files
 from megamm.engine import manifest as manifests
 from megamm.engine.checkpoint import Checkpoints, Progress
 from megamm.engine.manifest import FileEntry, list_checkpoints
 from megamm.engine.optimizer import build_optimizer, wrap_data_parallel
+from megamm.engine.restricted import RestrictedReader
 from megamm.engine.weights import initialize
 from megamm.models.initialization import weight_drawer
 from megamm.models.vlm import build_model
@@ -114,6 +121,7 @@ class Run:
 
     def save(self, step: int) -> float:
         """Seconds that training stands still; it goes on for as long as files are written."""
+        self.checkpoints.wait()  # until the one before last is deleted: steps lie between two saves
         dist.barrier()
         started = time.perf_counter()
         self.checkpoints.save(Progress(step, step))
@@ -153,6 +161,7 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
     sides: dict[str, Callable[[int], float]] = {
         "save": saving.save,
         "save raw": lambda step: _raw(saving.save, step),
+        "save as torch": lambda step: _as_torch(saving.save, step),
     }
     found: dict[str, list[tuple[float, float]]] = {}
     _take_turns(sides, found, rounds)
@@ -161,6 +170,7 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
     sides = {
         "load": lambda step: saving.load(False),
         "load raw": lambda step: _raw(saving.load, False),
+        "load as torch": lambda step: _as_torch(saving.load, False),
         "load from disk": lambda step: saving.load(True),
         "load from disk raw": lambda step: _raw(saving.load, True),
     }
@@ -183,6 +193,22 @@ def measure(folder: str, rounds: int) -> dict[str, Any]:
 def _raw(work: Callable[[Any], float], argument: Any) -> float:
     with without_hashes():
         return work(argument)
+
+
+def _as_torch(work: Callable[[Any], float], argument: Any) -> float:
+    """As torch and megatron-core write and read: by torch.save and torch.load, with their checksums."""
+    with without_hashes(), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sharded_files, "_write_value", _write_by_torch))
+        read = dcp.FileSystemReader.read_data
+        stack.enter_context(mock.patch.object(RestrictedReader, "read_data", read))
+        return work(argument)
+
+
+def _write_by_torch(stream: Any, item: Any, value: Any, key: str) -> Any:
+    transforms = _StorageWriterTransforms()
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()
+    return _write_item(transforms, stream, value, item, key, SerializationFormat.TORCH_SAVE)
 
 
 def _take_turns(
@@ -213,7 +239,8 @@ def report(world: int, results: list[dict[str, Any]]) -> None:
             f"  {side}: {times[0]:.2f} {clock[side]:.2f} {times[-1]:.2f} s, "
             f"{processors[side]:.2f} s of processors"
         )
-    for side, peer in (*((n, f"{n} raw") for n in ("save", "load", "load from disk")), (ASYNC, "save")):
+    peers = [("save", "save raw"), ("save", "save as torch"), ("load", "load raw"), ("load", "load as torch")]
+    for side, peer in (*peers, ("load from disk", "load from disk raw"), (ASYNC, "save")):
         print(
             f"  {side} / {peer}: {clock[side] / clock[peer]:.2f} by the clock, "
             f"{processors[side] / processors[peer]:.2f} of processors"
