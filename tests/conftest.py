@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from megamm.data.tokenizer import Tokenizer, train_tokenizer
 from tests import forks
 from tests.data.helpers import VOCAB_SIZE, conversations, prepared, write_images
 
+MANY_THREADS = 150
 TEXTS = [
     "Look at the picture and name the thing that stands in the middle of it.",
     "It is a small house with a red roof, 12 windows and 3 doors.",
@@ -26,6 +29,15 @@ def seeded() -> Iterator[None]:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(1234)
     yield
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Groups of runs within this process go with the next collection of garbage; until then gloo's threads
+    wake up a hundred times a second each, which is felt when there are hundreds."""
+    yield
+    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
