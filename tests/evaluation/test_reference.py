@@ -84,7 +84,7 @@ def test_what_cannot_be_compared(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no weights for model\.norm\.weight"):
         compare_with_reference(root / "llama.ckpt", other)
     (other / "model.safetensors").write_bytes(b"{")
-    with pytest.raises(InputError, match="transformers cannot load it"):
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or cut short"):
         compare_with_reference(root / "llama.ckpt", other)
     with pytest.raises(InputError, match=r"config\.json: no such file"):
         compare_with_reference(root / "llama.ckpt", tmp_path)

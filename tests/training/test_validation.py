@@ -170,10 +170,10 @@ def test_signals_between_steps(make: Callable[..., Recipe], monkeypatch: pytest.
     def signalled(owner: type, method: str) -> None:
         real = getattr(owner, method)
 
-        def first(*args: Any) -> None:
+        def first(*args: Any, **options: Any) -> None:
             monkeypatch.setattr(owner, method, real)
             signal.raise_signal(signal.SIGTERM)
-            real(*args)
+            real(*args, **options)
 
         monkeypatch.setattr(owner, method, first)
 
