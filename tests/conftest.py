@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def seeded() -> Iterator[None]:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(1234)
     yield
+
+
+@pytest.fixture(autouse=True)
+def signals_mean_what_they_did() -> Iterator[None]:
+    """A run that was asked to stop ignores later signals to its end, and what a later test starts would inherit
+    that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
