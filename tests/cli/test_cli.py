@@ -58,7 +58,11 @@ OPTIONS = {
     "parity": [
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],
-    "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
+    "generate": [
+        *["--beams", "--checkpoint", "--debug", "--image", "--length-penalty", "--max-new-tokens"],
+        *["--pipeline", "--prompt", "--repetition-penalty", "--sample", "--seed", "--stop", "--temperature"],
+        *["--tensor", "--top-p"],
+    ],
     "evaluate": [
         *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
         *["--max-new-tokens", "--out", "--task"],
