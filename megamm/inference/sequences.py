@@ -130,7 +130,7 @@ class _Part:
             batch.images = batch.images[:0]
         self._batch = batch.to(groups.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=groups.device)
-        window = model.language.sliding_window
+        window = network.config.window_size[0] if network.config.window_size else None
         capacity = ids.shape[1] + room
         self._cache = DecodingCache(lengths, capacity, self._batch.images_per_sample, window)
         self.num_rows = len(prompts)

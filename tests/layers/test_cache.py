@@ -46,7 +46,8 @@ class Growing:
             words = torch.randint(5, VOCAB, (length + STEPS,), generator=generator).tolist()
             self.sequences.append([*words[:1], *([IMAGE_ID] * self.span * count), *words[1:]])
         self.images = torch.randn(3, 3, size, size, generator=generator)
-        self.window = recipe.model.language.sliding_window
+        window = self.network.config.window_size
+        self.window = window[0] if window else None
 
     def whole(self, sequence: list[int], row: int) -> torch.Tensor:
         """[V] logits behind a sequence of one row."""
