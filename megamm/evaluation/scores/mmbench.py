@@ -108,11 +108,11 @@ def _options(question: Question) -> dict[str, str]:
         given = dict(zip(ascii_uppercase, given, strict=False))
     if not isinstance(given, Mapping):
         question.fail('"options" is neither a list nor an object; give the texts of A, B, ...')
-    found = {str(letter): _option_text(question, value) for letter, value in given.items()}
-    found = {letter: text for letter, text in found.items() if text is not None}
+    texts = {str(letter): _option_text(question, value) for letter, value in given.items()}
+    found = {letter: text for letter, text in texts.items() if text is not None}
     if not found:
         question.fail('has no options; give "A", "B", ... with their texts')
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _option_text(question: Question, value: Any) -> str | None:
