@@ -23,7 +23,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
     """METEOR of tokenized captions, between 0 and 1: over all of them, and of each.
 
     (That over all is made of their statistics; it is not the mean.)
-    A caption that repeats one word hundreds of times costs seconds; one whose reference does so, too, minutes.
+    A caption that repeats one word thousands of times costs seconds; hundreds in its reference, too, minutes.
 
     Raises:
         InputError: Java or pycocoevalcap is missing.

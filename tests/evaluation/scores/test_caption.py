@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -202,6 +203,41 @@ def test_spice_is_left_out_without_its_models(monkeypatch: pytest.MonkeyPatch, t
     assert "stanford-corenlp-3.6.0.jar is missing; put" in reason
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.5, 0.25], 0.375),
+        ([0.5, None], "ended with 0 and no scores"),
+        ([], "ended with 0 and no scores"),
+        ([float("nan")], "no number"),
+    ],
+)
+def test_spice_with_its_models(
+    scores: list[Any], expected: Any, fake_java: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What its program (a stand-in) is given, and what is made of its answer."""
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in ("", "-models"):
+        (tmp_path / "spice" / "lib" / f"stanford-corenlp-3.6.0{name}.jar").touch()
+    monkeypatch.setattr("megamm.evaluation.scores.spice.package_folder", lambda: tmp_path)
+    rows = [{"image_id": n, "scores": {"All": {"f": value}}} for n, value in enumerate(scores)]
+    pid = fake_java(
+        "place = sys.argv.index('-out')\n"
+        f"open({str(tmp_path / 'given')!r}, 'w').write(open(sys.argv[place - 1]).read())\n"
+        f"open(sys.argv[place + 1], 'w').write({json.dumps(rows)!r})"
+    )
+    value, reason = spice(["a dog", "caf\u00e9"], [["one"], ["two", "three"]])
+    assert json.loads((tmp_path / "given").read_text()) == [
+        {"image_id": 0, "test": "a dog", "refs": ["one"]},
+        {"image_id": 1, "test": "caf\u00e9", "refs": ["two", "three"]},
+    ]
+    if isinstance(expected, float):
+        assert (value, reason) == (expected, None)
+    else:
+        assert value is None and reason is not None and expected in reason
+    assert not is_alive(pid)
+
+
 @pytest.fixture
 def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Puts a Python script in the place of Java, and a file in that of the jars. It writes down its id."""
@@ -212,7 +248,7 @@ def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         script.write_text(f"#!{sys.executable}\n{prelude}{code}\n")
         script.chmod(0o755)
         monkeypatch.setattr(java.shutil, "which", lambda name: str(script))
-        for name in ("meteor", "captions_text"):
+        for name in ("meteor", "captions_text", "spice"):
             monkeypatch.setattr(f"megamm.evaluation.scores.{name}.jar", lambda name: script)
         return pid
 
