@@ -18,7 +18,7 @@ from megamm.evaluation.scores.java import jar, package_folder, running
 
 _JAR = "spice/spice-1.0.jar"
 _MODELS = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar")
-# It reaches into classes that Java closes from version 16 on. Version 8 knows no such option, nor this variable.
+# It reaches into classes that Java closes from version 16 on. Version 8 knows neither option nor variable.
 _OPENED = ("java.base/java.lang", "java.base/java.util", "java.base/java.nio", "java.base/sun.nio.ch")
 _OPTIONS = {"JDK_JAVA_OPTIONS": " ".join(f"--add-opens={module}=ALL-UNNAMED" for module in _OPENED)}
 _START_S, _S_PER_CAPTION = 600.0, 5.0
