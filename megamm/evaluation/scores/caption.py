@@ -14,7 +14,7 @@ from typing import Any
 from megamm.evaluation.scores.captions_text import tokenized
 from megamm.evaluation.scores.java import java, package_folder
 from megamm.evaluation.scores.meteor import meteor
-from megamm.evaluation.scores.pairing import Question, paired, placed, row_id
+from megamm.evaluation.scores.pairing import Question, group_name, paired, placed, row_id
 from megamm.evaluation.scores.result import Groups, Numbers, Scores
 from megamm.evaluation.scores.spice import spice
 
@@ -27,8 +27,9 @@ def score_caption(
     """All numbers in percent; CIDEr, whose own scale ends at 10, times 100.
 
     Args:
-        references: {"id", "references": [text, ...]}; or rows of COCO, {"image_id", "caption"}, one for each
-            caption.
+        references: {"id", "references": [text, ...][, "split"]}; or rows of COCO, {"image_id", "caption"}, one
+            for each caption. With several splits (the domains of NoCaps), numbers of each are given, too, as
+            if it had been scored alone; SPICE is not among them.
     Raises:
         InputError: Java or pycocoevalcap is missing; of `paired`; also for a prediction without a reference,
             as COCO's evaluator demands; an image without captions.
@@ -41,17 +42,43 @@ def score_caption(
     tokens = tokenized([*texts, *(caption for captions in given for caption in captions)])
     found, rest = tokens[: len(texts)], iter(tokens[len(texts) :])
     wanted = [[next(rest) for _ in captions] for captions in given]
-    numbers: Numbers = {
+    parts = _splits(pairs.questions)
+    overall, *of_parts = meteor(found, wanted, list(parts.values()))
+    numbers: Numbers = {**_simple(found, wanted), "meteor": 100.0 * overall}
+    value, reason = spice(found, wanted)
+    numbers["spice"] = None if value is None else 100.0 * value
+    groups: Groups = {}
+    if parts:
+        groups["by_split"] = {
+            name: {**_simple(*_chosen(places, found, wanted)), "meteor": 100.0 * part, "n": len(places)}
+            for (name, places), part in zip(parts.items(), of_parts, strict=True)
+        }
+    counts = {**pairs.counts, "empty": sum(not caption for caption in found)}
+    return Scores("caption", numbers, counts, groups, (reason,) if reason else ())
+
+
+def _splits(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """The places of the questions of each split, where there are several."""
+    found: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        if (name := group_name(question, "split")) is not None:
+            found.setdefault(name, []).append(place)
+    return found if len(found) > 1 else {}
+
+
+def _chosen(
+    places: Sequence[int], found: Sequence[str], wanted: Sequence[Sequence[str]]
+) -> tuple[list[str], list[Sequence[str]]]:
+    return [found[place] for place in places], [wanted[place] for place in places]
+
+
+def _simple(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The numbers that need no process of their own, in percent."""
+    return {
         **_bleu(found, wanted),
-        "meteor": 100.0 * meteor(found, wanted)[0],
         "rouge_l": 100.0 * _rouge_l(found, wanted),
         "cider": 100.0 * _cider(found, wanted),
     }
-    value, reason = spice(found, wanted)
-    numbers["spice"] = None if value is None else 100.0 * value
-    counts = {**pairs.counts, "empty": sum(not caption for caption in found)}
-    groups: Groups = {}
-    return Scores("caption", numbers, counts, groups, (reason,) if reason else ())
 
 
 def _bleu(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -19,12 +19,16 @@ _JAR = "meteor/meteor-1.5.jar"
 _ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """METEOR of tokenized captions, between 0 and 1: over all of them, and of each.
+def meteor(
+    captions: Sequence[str], references: Sequence[Sequence[str]], parts: Sequence[Sequence[int]] = ()
+) -> list[float]:
+    """METEOR of tokenized captions, between 0 and 1: over all of them, and over each of `parts`.
 
-    (That over all is made of their statistics; it is not the mean.)
-    A caption that repeats one word thousands of times costs seconds; hundreds in its reference, too, minutes.
+    It is made of their statistics, and no mean. A caption that repeats one word thousands of times costs
+    seconds; one whose reference has it hundreds of times, too, minutes.
 
+    Args:
+        parts: places in `captions`.
     Raises:
         InputError: Java or pycocoevalcap is missing.
         RunError: the program failed.
@@ -35,9 +39,15 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
             _asked(process, " ||| ".join(["SCORE", *map(_field, given), _field(caption)]))
             for caption, given in zip(captions, references, strict=True)
         ]
-        _write(process, " ||| ".join(["EVAL", *statistics]))
-        each = [_number(process) for _ in statistics]
-        return _number(process), each
+        wholes = [statistics, *([statistics[place] for place in part] for part in parts)]
+        return [_over(process, whole) for whole in wholes]
+
+
+def _over(process: subprocess.Popen[bytes], statistics: Sequence[str]) -> float:
+    _write(process, " ||| ".join(["EVAL", *statistics]))
+    for _ in statistics:  # the score of each
+        _number(process)
+    return _number(process)
 
 
 def _field(text: str) -> str:

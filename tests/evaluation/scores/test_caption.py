@@ -73,6 +73,20 @@ def corpus(images: int) -> tuple[dict[int, str], dict[int, list[str]]]:
     return captions, {n: [sentence(generator) for _ in range(5)] for n in range(images)}
 
 
+@pytest.mark.slow
+@needs_package
+@needs_java
+def test_a_split_has_the_numbers_that_it_has_alone() -> None:
+    captions, references = corpus(9)
+    splits = {n: "in" if n % 3 else "out" for n in captions}
+    predictions = [{"id": key, "prediction": text} for key, text in captions.items()]
+    rows = [{"id": n, "references": texts, "split": splits[n]} for n, texts in references.items()]
+    parts = score_rows("caption", predictions, rows).groups["by_split"]
+    assert list(parts) == ["out", "in"] and parts["in"]["n"] == 6
+    alone = scored({n: captions[n] for n in (0, 3, 6)}, {n: references[n] for n in (0, 3, 6)})
+    assert {name: alone[name] for name in parts["out"]} == parts["out"] and parts["out"]["cider"] > 1.0
+
+
 def scored(captions: dict[Any, str], references: dict[Any, list[str]]) -> dict[str, Any]:
     predictions = [{"id": key, "prediction": text} for key, text in captions.items()]
     rows = [{"id": key, "references": texts} for key, texts in references.items()]
@@ -138,7 +152,7 @@ def test_odd_captions_do_not_change_the_scores_of_others() -> None:
     odd = [*tokenized(ODD), "a ||| dog", "two\nlines", "||| |||"]
     captions = [text for one in odd for text in (one, good)]
     references = [given for one in odd for given in ([good, "a cat"], [one[:200], good])]
-    overall, each = meteor(captions, references)
+    overall, *each = meteor(captions, references, [[place] for place in range(len(captions))])
     assert 0.0 < overall < 1.0 and len(each) == len(captions)
     assert each[1::2] == [1.0] * len(odd)
     assert all(0.0 <= value < 1.0 for value, one in zip(each[::2], odd, strict=True) if one != good)
@@ -293,11 +307,12 @@ def test_meteor_asks_line_by_line(fake_java: Any, tmp_path: Path) -> None:
         "    numbers = ['0.5' for _ in fields[1:]] + ['0.25']\n"
         "    print('1 2' if fields[0] == 'SCORE' else '\\n'.join(numbers), flush=True)"
     )
-    assert meteor(["a dog", "|||"], [["one", "two\nlines"], ["x ||| y"]]) == (0.25, [0.5, 0.5])
+    assert meteor(["a dog", "|||"], [["one", "two\nlines"], ["x ||| y"]], [[1]]) == [0.25, 0.25]
     assert asked.read_text().splitlines() == [
         "SCORE ||| one ||| two lines ||| a dog",
         "SCORE ||| x y ||| ",
         "EVAL ||| 1 2 ||| 1 2",
+        "EVAL ||| 1 2",
     ]
 
 
