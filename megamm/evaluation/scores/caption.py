@@ -27,9 +27,9 @@ def score_caption(
     """All numbers in percent; CIDEr, whose own scale ends at 10, times 100.
 
     Args:
-        references: {"id", "references": [text, ...][, "split"]}; or rows of COCO, {"image_id", "caption"}, one
-            for each caption. With several splits (the domains of NoCaps), numbers of each are given, too, as
-            if it had been scored alone; SPICE is not among them.
+        references: {"id", "references": [text, ...][, "split"]}; or rows of COCO, {"image_id", "caption"},
+            one for each caption. With several splits (the domains of NoCaps), numbers of each are given, too,
+            as if it had been scored alone; SPICE is not among them.
     Raises:
         InputError: Java or pycocoevalcap is missing; of `paired`; also for a prediction without a reference,
             as COCO's evaluator demands; an image without captions.
