@@ -67,6 +67,7 @@ OPTIONS = {
         *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
         *["--max-new-tokens", "--out", "--task"],
     ],
+    "score": ["--debug", "--json", "--metric", "--predictions", "--references", "--vqa-rule"],
 }
 
 
