@@ -13,11 +13,18 @@ from torch import nn
 
 from megamm.errors import InputError
 from megamm.layers.attention import SDPACoreAttention
+from megamm.layers.linear import ColumnLinear, RowLinear
 from megamm.layers.norms import RMSNorm
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's linears, megamm's RMSNorm, torch's scaled-dot-product attention."""
+    """megatron-core's linears, plain where they can be, megamm's RMSNorm, torch's scaled-dot-product attention."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         if not rms_norm:

@@ -15,7 +15,9 @@ Everything is a sum over the whole batch, on all devices together.
 
 `hardware_flops_per_step` adds what training.recompute executes a second time (HFU): the forward pass of
 decoder layers, of their attention or MLP, of encoder blocks, of the connector, where gradients cross them
-(elsewhere nothing was to be kept, and nothing is computed again). What kernels recompute inside (the scores
+(elsewhere nothing was to be kept, and nothing is computed again). The last product of a decoder layer is
+counted, too: parallel linears compute it again, plain ones (one tensor-parallel rank on the local backend) do
+not, as nothing needs its result. What kernels recompute inside (the scores
 of flash attention) is not counted, as in the published figures.
 """
 

@@ -100,14 +100,14 @@ def test_media_mask(cross: CrossAttentionModel) -> None:
 def test_an_image_reaches_its_own_text_only(cross: CrossAttentionModel) -> None:
     """One gated block, before self-attention carries anything further: bit for bit."""
     batch = batch_of([2], span=1)
-    segments = cross._media_mask(cross.check_images(batch, 1), batch).segments
+    mask = cross._media_mask(cross.check_images(batch, 1), batch)
     block = cross.language.decoder.layers[1].gated_cross_attention
     x, media = torch.randn(LENGTH, 1, 64), torch.randn(8, 1, 48)
-    before = block(x, media, segments)
+    before = block(x, media, mask)
     for image, (start, end) in enumerate([(FIRST, SECOND), (SECOND, LENGTH)]):
         changed = media.clone()
         changed[image * 4 : (image + 1) * 4] += 1.0
-        rows = (block(x, changed, segments) != before).any(-1)[:, 0]
+        rows = (block(x, changed, mask) != before).any(-1)[:, 0]
         assert rows.nonzero().flatten().tolist() == list(range(start, end))
 
 
