@@ -60,8 +60,19 @@ OPTIONS = {
     ],
     "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
     "evaluate": [
-        *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
-        *["--max-new-tokens", "--out", "--task"],
+        *["RECIPE", "--a.b=c", "--batch-size", "--beams", "--checkpoint", "--data", "--debug"],
+        *["--demonstrations", "--images", "--json", "--length-penalty", "--limit", "--max-new-tokens"],
+        *[
+            "--out",
+            "--pipeline",
+            "--prompts",
+            "--repetition-penalty",
+            "--runs",
+            "--sample",
+            "--seed",
+            "--shots",
+        ],
+        *["--submission", "--task", "--temperature", "--tensor", "--top-p", "--vqa-rule"],
     ],
 }
 
