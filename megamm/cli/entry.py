@@ -22,6 +22,7 @@ from megamm.cli import (
     parity,
     plan,
     report,
+    score,
     tokenizer,
     train,
     weights,
@@ -63,7 +64,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for module in (doctor, plan, data, tokenizer, inspect, weights, train, report, parity, answers, evaluate):
+    modules = (
+        doctor,
+        plan,
+        data,
+        tokenizer,
+        inspect,
+        weights,
+        train,
+        report,
+        parity,
+        answers,
+        evaluate,
+        score,
+    )
+    for module in modules:
         module.add_parsers(commands)
     return parser
 

@@ -74,6 +74,7 @@ OPTIONS = {
         ],
         *["--submission", "--task", "--temperature", "--tensor", "--top-p", "--vqa-rule"],
     ],
+    "score": ["--debug", "--json", "--metric", "--predictions", "--references", "--vqa-rule"],
 }
 
 

@@ -79,7 +79,10 @@ def _prompts(name: str, entry: dict[str, Any]) -> Prompts:
 
 
 def _words(entry: dict[str, Any]) -> Words:
-    return Words(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    found: dict[str, Any] = dict(entry)
+    for key in ("drop", "end"):
+        found[key] = tuple(entry.get(key, ()))
+    return Words(**found)
 
 
 def choose_prompts(name: str | None, template: str, with_shots: bool) -> Prompts:

@@ -40,8 +40,9 @@ def read(data: Sequence[Path], images: Path | None, split: str) -> Iterator[Item
             if len(picture) > _LONGEST_INDEX:
                 seen[index] = spool.keep(_decoded(picture, where), f"{path} (index {index})")
             waiting.append(({key: row.get(key) or "" for key in row if key != "image"}, picture))
-        for number, (row, picture) in enumerate(waiting, start=1):
-            yield _item(row, _picture(row, picture, seen, f"{path}: row {number}"), f"{path}: row {number}")
+        for number, (kept, cell) in enumerate(waiting, start=1):
+            where = f"{path}: row {number}"
+            yield _item(kept, _picture(kept, cell, seen, where), where)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
