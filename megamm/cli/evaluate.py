@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.cli.common import add_command, add_json, positive, positive_number, print_json
+from megamm.cli.launched import end_with_launcher
 from megamm.errors import InputError
 
 EXACT_MATCH = "exact_match"
@@ -192,6 +193,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from megamm.engine.launcher import take_place_from_slurm
 
     take_place_from_slurm(os.environ)
+    end_with_launcher(os.environ)
     return _benchmark(args, load_recipe(args.recipe, args.overrides))
 
 

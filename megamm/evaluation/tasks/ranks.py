@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megamm.engine.ranks import from_rank_0, lost_rank
 from megamm.errors import RankLost, RunError
 
 _POLL_S = 0.2
@@ -34,8 +35,6 @@ def told_by_rank_0(make: Callable[[], Any]) -> Any:
     """What `make` returns on rank 0, on every rank; also what it raises (collective)."""
     if num_ranks() == 1:
         return make()
-    from megamm.engine.ranks import from_rank_0
-
     return from_rank_0(make)
 
 
@@ -67,6 +66,8 @@ def together(finish: Callable[[], Any]) -> Iterator[list[Any]]:
             store.set(f"left/{rank()}", "")
     except BaseException as error:
         _tell(store, error)
+        if isinstance(error, RuntimeError) and lost_rank(error, "evaluation", is_known=False):
+            raise _lost(error) from None
         raise
 
 
@@ -92,9 +93,7 @@ def _wait(store: dist.Store, keys: list[str]) -> None:
         RunError: a rank has failed. RankLost: the one that holds the store has gone.
     """
     try:
-        while not keys or not store.check(keys):
-            if not keys:
-                return
+        while keys and not store.check(keys):
             if store.check(["failed"]):
                 raise RunError(
                     f"{store.get('failed').decode('utf-8', 'replace')}; started again, the "
@@ -107,3 +106,11 @@ def _wait(store: dist.Store, keys: list[str]) -> None:
             f"another rank has died or does not answer ({str(error)[:100]}); its own output or "
             "the launcher's says why"
         ) from None
+
+
+def _lost(error: Exception) -> RankLost:
+    words = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    return RankLost(
+        f"another rank has died or does not answer ({words}); its own output or the launcher's says why; "
+        "started again, the evaluation goes on from the answers that were written"
+    )

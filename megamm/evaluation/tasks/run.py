@@ -6,6 +6,7 @@ rank 0 puts the answers together in the order of the questions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from hashlib import blake2b, sha256
@@ -28,6 +29,7 @@ from megamm.evaluation.tasks.registry import TASKS, Task, read_items
 from megamm.evaluation.tasks.scoring import (
     Result,
     Scorer,
+    missing_for_score,
     official,
     reference_rows,
     references_path,
@@ -67,6 +69,8 @@ def evaluate_task(
     from megamm.engine.checkpoint import read_recipe, resolve
 
     examination = prepare(recipe, task, data, out, settings)
+    if missing := missing_for_score(examination.task, examination.references):
+        print(f"megamm: {missing}", file=sys.stderr)
     found = resolve(checkpoint)
     stored = read_recipe(found)
     check_same_model(recipe.model, stored.model, found)
@@ -124,6 +128,7 @@ class Examination:
     """A benchmark that is ready to be asked.
 
     Attributes:
+        references: rows of those questions whose answers are published.
         fingerprint: of what answers depend on; those of another one are not gone on with.
     """
 
@@ -136,10 +141,10 @@ class Examination:
         settings: TaskSettings,
         max_pixels: int,
     ) -> None:
-        self._task, self._prompts, self._items = task, prompts, items
+        self.task, self._prompts, self._items = task, prompts, items
         self._out, self._settings, self._max_pixels = out, settings, max_pixels
         self._paths = [run_path(out, run, settings.runs) for run in range(settings.runs or 1)]
-        self._references = reference_rows(items)
+        self.references = reference_rows(items)
         self._marks: list[Fingerprint] = []
         self.fingerprint: Fingerprint = {"task": task.name}
 
@@ -161,12 +166,12 @@ class Examination:
 
     def _answered(self, scorer: Scorer) -> list[set[int]]:
         """The questions that each run has answered in earlier attempts."""
-        rehearse(scorer, self._task, self._references, self._settings.vqa_rule)
+        rehearse(scorer, self.task, self.references, self._settings.vqa_rule)
         known = zip(self._paths, self._marks, strict=True)
         return [set(read_partials(path, mark, len(self._items))) for path, mark in known]
 
     def _exam(self, run: int, for_model: Callable[[Decoding], Any]) -> Exam:
-        task, settings = self._task, self._settings
+        task, settings = self.task, self._settings
         words = [self._prompts.of(item.kind, task.name) for item in self._items]
         kinds = {item.kind for item in self._items}
         decoding = {kind: decoding_of(self._prompts, kind, task, settings, run) for kind in kinds}
@@ -186,7 +191,7 @@ class Examination:
         )
 
     def _demonstrated(self, seed: int) -> list[Prompt]:
-        how, settings, task = self._prompts.shots, self._settings, self._task
+        how, settings, task = self._prompts.shots, self._settings, self.task
         assert how is not None
         shots = settings.shots or 0
         training = task.read(settings.demonstrations, settings.images, "train")
@@ -232,7 +237,7 @@ class Examination:
 
     def _finish(self, scorer: Scorer) -> Result:
         """On rank 0: the answers of all copies in the order of the questions, and what they are worth."""
-        task, rule, references = self._task, self._settings.vqa_rule, self._references
+        task, rule, references = self.task, self._settings.vqa_rule, self.references
         runs = [self._whole(path, mark) for path, mark in zip(self._paths, self._marks, strict=True)]
         if references:
             write_rows(references_path(self._out), references)
@@ -259,7 +264,7 @@ class Examination:
             return
         place = run_path(self._settings.submission, run, self._settings.runs)
         answers = [(item, row["prediction"]) for item, row in zip(self._items, rows, strict=True)]
-        write_submission(self._task, place, answers)
+        write_submission(self.task, place, answers)
 
     def _whole(self, path: Path, mark: Fingerprint) -> list[Row]:
         rows = read_partials(path, mark, len(self._items))

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # (metric, predictions, references, rule of VQA)
 Scorer = Callable[[str, Sequence[Row], Sequence[Row], str], "Scores"]
-_REHEARSED_CAPTIONS = 2
 
 
 def official(metric: str, predictions: Sequence[Row], references: Sequence[Row], vqa_rule: str) -> Scores:
@@ -42,17 +41,29 @@ def run_path(out: Path, run: int, runs: int | None) -> Path:
     return out if runs is None else out.with_name(f"{out.stem}.run{run}{out.suffix}")
 
 
+def missing_for_score(task: Task, references: Sequence[Row]) -> str:
+    """What the metrics of captions run and this machine lacks, in words; "" if nothing."""
+    if task.metric != "caption" or not references:
+        return ""
+    from megamm.evaluation.scores.java import java, package_folder
+
+    try:
+        package_folder()
+        java()
+    except InputError as error:
+        return f"{error}; until then captions are written and not scored"
+    return ""
+
+
 def rehearse(scorer: Scorer, task: Task, references: Sequence[Row], rule: str) -> None:
-    """Score an empty answer, so that what is wrong with references or missing on this machine is known before
-    the first question is asked.
+    """Score an empty answer, so that what is wrong with references is known before the first question is
+    asked. Captions, which take their time, have nothing to them that the reader has not checked.
 
     Raises:
         InputError: as of `megamm score`.
     """
-    if not references:
-        return
-    some = references[:_REHEARSED_CAPTIONS] if task.metric == "caption" else references
-    scorer(task.metric, [{"id": some[0]["id"], "prediction": ""}], some, rule)
+    if references and task.metric != "caption":
+        scorer(task.metric, [{"id": references[0]["id"], "prediction": ""}], references, rule)
 
 
 def score_run(

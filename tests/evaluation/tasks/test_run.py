@@ -15,7 +15,7 @@ from megamm.evaluation.tasks import TASKS, TaskSettings
 from megamm.evaluation.tasks.asking import plan_batches
 from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.run import prepare
-from megamm.evaluation.tasks.scoring import official, references_path, rehearse
+from megamm.evaluation.tasks.scoring import missing_for_score, official, references_path, rehearse
 from tests.evaluation.tasks import layouts
 from tests.evaluation.tasks.stand_in import StandIn, always, evaluated, recipe
 
@@ -93,8 +93,7 @@ def test_captions_are_written_in_the_order_of_the_pictures(task: str, tmp_path: 
     model = StandIn(lambda prompt, numbers, decoding: f" picture {numbers[0]}\n")
     result = examination.take(model, lambda decoding: decoding, scorer)
     assert result is not None and result.num_questions == 2
-    (rehearsed, _), (predictions, references) = seen
-    assert rehearsed == [""] and len(references) == 2
+    ((predictions, references),) = seen
     assert predictions == (["picture 1", "picture 4"] if task == "flickr30k" else ["picture 1", "picture 2"])
     assert [row["references"] for row in rows_of(references_path(out))] == references
 
@@ -248,6 +247,13 @@ def test_what_is_wrong_with_references_is_known_before_the_first_question(tmp_pa
         evaluated(model, "mme", layouts.mme(tmp_path), tmp_path / "o.jsonl", TaskSettings(limit=3))
     assert not model.asked
     rehearse(official, TASKS["mme"], [], "always")
+
+
+def test_captions_need_programs_that_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": "1", "references": ["a"]}]
+    monkeypatch.setenv("PATH", "")
+    assert "captions are written and not scored" in missing_for_score(TASKS["nocaps"], rows)
+    assert missing_for_score(TASKS["nocaps"], []) == missing_for_score(TASKS["gqa"], rows) == ""
 
 
 def test_a_score_that_fails_leaves_the_predictions(tmp_path: Path) -> None:
