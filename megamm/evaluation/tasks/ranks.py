@@ -102,10 +102,7 @@ def _wait(store: dist.Store, keys: list[str]) -> None:
                 )
             time.sleep(_POLL_S)
     except (dist.DistError, ConnectionError) as error:
-        raise RankLost(
-            f"another rank has died or does not answer ({str(error)[:100]}); its own output or "
-            "the launcher's says why"
-        ) from None
+        raise _lost(error) from None
 
 
 def _lost(error: Exception) -> RankLost:

@@ -53,7 +53,9 @@ def test_nobody_waits_for_a_rank_that_failed(fails: int, data: Path, tmp_path: P
     arguments = {"data": str(data), "out": str(out), "copies": 2}
     found = run_distributed(2, TARGET, arguments | {"fails": fails})
     assert found[fails]["error"] == "out of memory"
-    assert found[1 - fails]["error"].startswith(f"rank {fails}: out of memory; started again, the evaluation")
+    other = found[1 - fails]["error"]
+    assert "started again, the evaluation goes on from the answers that were written" in other
+    assert other.startswith((f"rank {fails}: out of memory;", "another rank has died"))  # with its store
     assert all(rank["seconds"] < 10 for rank in found)
     assert not out.exists() and len(list(tmp_path.glob("out.jsonl.partial.*"))) == 2
     again = run_distributed(2, TARGET, arguments)
