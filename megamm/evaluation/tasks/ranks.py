@@ -97,8 +97,7 @@ def _wait(store: dist.Store, keys: list[str]) -> None:
             if store.check(["failed"]):
                 raise RunError(
                     f"{store.get('failed').decode('utf-8', 'replace')}; started again, the "
-                    "evaluation goes on "
-                    "from the answers that were written"
+                    "evaluation goes on from the answers that were written"
                 )
             time.sleep(_POLL_S)
     except (dist.DistError, ConnectionError) as error:
