@@ -122,7 +122,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="few-shot: the training split, in the layout of --data; may be given again",
+        help="few-shot: file of the training split, in the layout of --data; may be given again",
     )
     parser.add_argument(
         "--seed",

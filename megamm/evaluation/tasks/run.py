@@ -194,7 +194,12 @@ class Examination:
         how, settings, task = self._prompts.shots, self._settings, self.task
         assert how is not None
         shots = settings.shots or 0
-        training = task.read(settings.demonstrations, settings.images, "train")
+        asked = {item.id for item in self._items}
+        training = (
+            item
+            for item in task.read(settings.demonstrations, settings.images, "train")
+            if item.id not in asked
+        )
         pool = draw_pool(training, seed, shots or how.blind, need_images=shots > 0)
         return [
             few_shot_prompt(item, self._prompts.of(item.kind, task.name), how, pool, shots, seed)

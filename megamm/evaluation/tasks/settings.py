@@ -76,13 +76,22 @@ def fitting_prompts(recipe: Recipe, task: Task, settings: TaskSettings) -> Promp
         raise InputError(
             f"--shots: {task.name} has no training split to take demonstrations from; choose other prompts"
         )
+    _check_demonstrations(prompts, task, settings)
+    return prompts
+
+
+def _check_demonstrations(prompts: Prompts, task: Task, settings: TaskSettings) -> None:
+    blind = prompts.shots.blind if prompts.shots is not None else 0
     if not settings.demonstrations:
         raise InputError(
-            f"--demonstrations: the prompts {prompts.name} need the training split of "
-            f"{task.name}, with 0 shots too "
-            f"(they begin with {prompts.shots.blind} demonstrations without pictures); give its file"
+            f"--demonstrations: the prompts {prompts.name} need the training split of {task.name}, with 0 "
+            f"shots too (they begin with {blind} demonstrations without pictures); give its file"
         )
-    return prompts
+    for path in settings.demonstrations:
+        if path.is_dir():  # it may hold the split that is evaluated
+            raise InputError(
+                f"{path}: is a folder; give the files of the training split with --demonstrations"
+            )
 
 
 def check_template(recipe: Recipe, prompts: Prompts, task: Task, items: Sequence[Item]) -> None:

@@ -96,15 +96,17 @@ def nocaps(root: Path) -> Path:
 
 
 def vqa(root: Path, prefix: str = "v2_", split: str = "val2014", count: int = 3) -> Path:
+    """Ids of training questions begin at 6000."""
     questions, annotations = [], []
+    first = 6000 if "train" in split else 1000
     for n in range(count):
         put(root / split / f"COCO_{split}_{n:012d}.jpg", picture(n))
-        questions.append({"question_id": 1000 + n, "image_id": n, "question": f"How many of {n}?"})
+        questions.append({"question_id": first + n, "image_id": n, "question": f"How many of {n}?"})
         given = [
             {"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(ten("one", "2"))
         ]
         annotations.append(
-            {"question_id": 1000 + n, "image_id": n, "answer_type": "number", "question_type": "how many"}
+            {"question_id": first + n, "image_id": n, "answer_type": "number", "question_type": "how many"}
             | {"multiple_choice_answer": "2", "answers": given}
         )
     put(root / f"{prefix}OpenEnded_mscoco_{split}_questions.json", {"info": {}, "questions": questions})

@@ -20,12 +20,16 @@ from tests.evaluation.tasks.stand_in import StandIn, always, evaluated, recipe, 
 FLAMINGO = recipe(assembly="cross_attention")
 
 
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
+
+
 def few_shot(tmp_path: Path, model: StandIn, shots: int | None, seed: int = 0) -> list[dict[str, str]]:
     """The predictions of VQAv2 behind demonstrations of two training questions."""
     data = layouts.vqa(tmp_path / "val")
     training = layouts.vqa(tmp_path / "train", split="train2014", count=2)
     settings = TaskSettings(
-        shots=shots, demonstrations=[training], seed=seed, images=tmp_path, prompts="open_flamingo"
+        shots=shots, demonstrations=files(training), seed=seed, images=tmp_path, prompts="open_flamingo"
     )
     for name in ("val", "train"):
         for path in (tmp_path / name).glob("*2014"):
@@ -135,7 +139,7 @@ def test_what_does_not_fit(task: str, settings: dict[str, object], message: str,
 
 def test_merged_models_take_no_demonstrations(tmp_path: Path) -> None:
     data = layouts.vqa(tmp_path)
-    settings = TaskSettings(shots=1, demonstrations=[data])
+    settings = TaskSettings(shots=1, demonstrations=files(data))
     with pytest.raises(
         InputError, match=r"gated cross-attention, and model\.assembly of the recipe is merged"
     ):
@@ -147,8 +151,18 @@ def test_demonstrations_need_their_pictures_only_when_they_are_shown(tmp_path: P
     training = layouts.vqa(tmp_path / "train", split="train2014")
     for path in (training / "train2014").iterdir():
         path.unlink()
-    blind = TaskSettings(shots=0, demonstrations=[training])
+    blind = TaskSettings(shots=0, demonstrations=files(training))
     assert evaluated(always("2"), "vqav2", data, tmp_path / "o.jsonl", blind, FLAMINGO).not_asked == [0]
-    seeing = TaskSettings(shots=2, demonstrations=[training])
+    seeing = TaskSettings(shots=2, demonstrations=files(training))
     with pytest.raises(InputError, match="0 items with an answer and a picture, but 2 are needed"):
         evaluated(always("2"), "vqav2", data, tmp_path / "p.jsonl", seeing, FLAMINGO)
+
+
+def test_what_is_asked_is_no_demonstration(tmp_path: Path) -> None:
+    data = layouts.vqa(tmp_path)
+    settings = TaskSettings(shots=2, demonstrations=files(data), limit=2)
+    with pytest.raises(InputError, match="1 items with an answer and a picture, but 2 are needed"):
+        evaluated(always("2"), "vqav2", data, tmp_path / "o.jsonl", settings, FLAMINGO)
+    folder = TaskSettings(shots=2, demonstrations=[data])
+    with pytest.raises(InputError, match=r"is a folder; give the files of the training split"):
+        evaluated(always("2"), "vqav2", data, tmp_path / "o.jsonl", folder, FLAMINGO)
