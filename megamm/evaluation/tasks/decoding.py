@@ -22,6 +22,7 @@ class Decoding:
         top_p: sample from the likeliest tokens that have this share of the probability.
         length_penalty: exponent of the length by which scores of beams are divided.
         repetition_penalty: by which logits of tokens that stand there already are divided.
+        stop: texts that end an answer, besides those of the template.
         seed: of sampling.
     """
 
@@ -32,6 +33,7 @@ class Decoding:
     top_p: float = 1.0
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def changed(self, values: Mapping[str, Any], where: str) -> Decoding:
@@ -44,7 +46,10 @@ class Decoding:
         for name in values:
             if name not in known:
                 raise InputError(f"{where}: {name} is no setting of decoding; use {', '.join(sorted(known))}")
-        return replace(self, **{name: value for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
+        if "stop" in given:
+            given["stop"] = tuple(given["stop"])
+        return replace(self, **given)
 
     def for_batch(self, number: int) -> Decoding:
         """With the seed of one batch, so that each draws other numbers, and the same after a restart. Without

@@ -6,6 +6,7 @@ rank 0 puts the answers together in the order of the questions.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -216,7 +217,8 @@ class Examination:
         mark["decoding"] = dict(sorted(kinds.items()))
         if any(each.sample for each in exam.decoding):  # each batch has a seed of its own
             mark["batch_size"] = self._settings.batch_size
-        return mark
+        written: Fingerprint = json.loads(json.dumps(mark))  # as it comes back from a file
+        return written
 
     def _answer(
         self, model: AnsweringModel, exam: Exam, path: Path, mark: Fingerprint, done: set[int]

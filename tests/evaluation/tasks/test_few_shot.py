@@ -15,7 +15,7 @@ from megamm.evaluation.tasks.few_shot import POOL, cut_answer, draw_pool
 from megamm.evaluation.tasks.item import Item
 from megamm.evaluation.tasks.prompts import load_prompts
 from tests.evaluation.tasks import layouts
-from tests.evaluation.tasks.stand_in import StandIn, always, evaluated, recipe, without_java
+from tests.evaluation.tasks.stand_in import Killed, StandIn, always, evaluated, recipe, without_java
 
 FLAMINGO = recipe(assembly="cross_attention")
 
@@ -51,7 +51,7 @@ def test_two_shots_of_vqa(tmp_path: Path) -> None:
             f"<image>Question:How many of {asked}? Short answer:"
         )
         assert numbers == [int(first), int(second), asked]
-        assert decoding == Decoding(max_new_tokens=5, beams=3, length_penalty=0.0)
+        assert decoding == Decoding(max_new_tokens=5, beams=3, length_penalty=0.0, stop=("<|endofchunk|>",))
     assert rows[0]["prediction"] == "two" and rows[0]["completion"].endswith("no")
 
 
@@ -77,7 +77,7 @@ def test_one_shot_of_a_caption(tmp_path: Path) -> None:
     demonstrated = numbers[0]
     assert demonstrated in (0, 2, 5) and numbers[1] == 1  # of the training and of the test split
     assert prompt == f"<image>Output:caption {demonstrated} of one.<|endofchunk|>\n<image>Output:"
-    assert decoding == Decoding(max_new_tokens=20, beams=3, length_penalty=0.0)
+    assert decoding == Decoding(max_new_tokens=20, beams=3, length_penalty=0.0, stop=("<|endofchunk|>",))
     assert json.loads((tmp_path / "out.jsonl").read_text())["prediction"] == "a big dog"
 
 
@@ -92,6 +92,21 @@ def test_demonstrations_follow_from_seed_and_question(tmp_path: Path) -> None:
 
     assert prompts(0, 1) == prompts(0, 8)
     assert len({json.dumps(prompts(seed, 8)) for seed in range(8)}) > 1
+
+
+def test_killed_ones_go_on_with_the_same_demonstrations(tmp_path: Path) -> None:
+    path = layouts.karpathy(tmp_path, coco=True)
+    settings = TaskSettings(shots=2, demonstrations=[path], batch_size=1)
+    found = []
+    for name, kill_after in (("whole", None), ("killed", 1), ("killed", None)):
+        model = StandIn(lambda prompt, numbers, decoding: f"{numbers}", kill_after)
+        out = tmp_path / f"{name}.jsonl"
+        try:
+            evaluated(model, "coco_caption", path, out, settings, FLAMINGO, without_java)
+            found.append(out.read_text())
+        except Killed:
+            assert not out.exists()
+    assert len(model.batches) == 1 and found[0] == found[1]
 
 
 def test_the_pool_is_a_fair_sample() -> None:
@@ -114,6 +129,7 @@ def test_the_pool_is_a_fair_sample() -> None:
         ("vqa", "red, white", "red"),
         ("vqa", "red,white", "red,white"),
         ("vqa", "Answer: red", ""),
+        ("vqa", "red<|endofchunk|>\n", "red"),
         ("caption", 'a "dog", here Output:a', "a dog, here"),
         ("caption", "a dog. Question", "a dog. Question"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,25 @@ def run_sizes(batches: int) -> list[int]:
     """Questions in each of the first batches: the smallest full one, then from the last down."""
     sizes = [BATCH] * (COUNT // BATCH) + [COUNT % BATCH]
     return (sizes[:1] + sizes[:0:-1])[:batches]
+
+
+def test_a_process_that_is_killed_leaves_whole_answers(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    child = os.fork()
+    if child == 0:
+
+        def deadly(prompt: str, numbers: list[int], decoding: object) -> str:
+            if len(model.batches) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer(prompt, numbers, decoding)
+
+        model = StandIn(deadly)
+        evaluated(model, "vqav2", data, out, TaskSettings(batch_size=BATCH))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    whole = tmp_path / "whole.jsonl"
+    run(data, whole)
+    assert len(run(data, out).batches) == BATCHES - 2 and written(out) == written(whole)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, 75])
