@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv: torch, megamm with its compiled operators, and what its extras need. Does nothing when that is so.
 #
-#   tools/bootstrap.sh [EXTRA,...]     extras of pyproject.toml; unset: dev,hf,quickstart,dali
+#   tools/bootstrap.sh [EXTRA,...]     extras of pyproject.toml; unset: dev,hf,quickstart,eval,dali
 #
 # MEGAMM_TORCH_INDEX_URL   package index that torch alone is taken from (for example one with CPU builds only)
 # MEGAMM_BUILD_EXT         0: without the compiled operators; 1: failing to compile them is an error
@@ -9,7 +9,7 @@
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=${1:-dev,hf,quickstart,dali}
+extras=${1:-dev,hf,quickstart,eval,dali}
 venv=.venv
 python=$venv/bin/python
 stamp=$venv/.megamm-stamp

@@ -43,7 +43,7 @@ def score_caption(
     wanted = [[next(rest) for _ in captions] for captions in given]
     numbers: Numbers = {
         **_bleu(found, wanted),
-        "meteor": 100.0 * meteor(found, wanted),
+        "meteor": 100.0 * meteor(found, wanted)[0],
         "rouge_l": 100.0 * _rouge_l(found, wanted),
         "cider": 100.0 * _cider(found, wanted),
     }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megamm.errors import InputError, RunError
 
 _REMEDY = "pip install 'megamm[eval]'"
-# Java takes the encoding of its pipes from the locale otherwise, and loses letters that ASCII has not.
+# Nothing depends on the locale.
 _UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Dstdin.encoding=UTF-8")
 _END_S = 5.0
 
@@ -57,8 +58,13 @@ def java() -> str:
 
 
 @contextmanager
-def running(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A Java process with pipes, in `folder`; killed at the end of the block, whatever ended it.
+
+    Args:
+        variables: of its environment, besides those of this process.
 
     If this process is killed, its end of the pipe closes, and the Java programs used here end at the end of
     their input.
@@ -70,7 +76,12 @@ def running(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen
     command = [java(), *_UTF8, *arguments]
     try:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command,
+            cwd=folder,
+            env={**os.environ, **(variables or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
     except OSError as error:
         raise RunError(

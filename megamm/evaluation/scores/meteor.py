@@ -19,8 +19,11 @@ _JAR = "meteor/meteor-1.5.jar"
 _ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR of tokenized captions, between 0 and 1, over all of them.
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
+    """METEOR of tokenized captions, between 0 and 1: over all of them, and of each.
+
+    (That over all is made of their statistics; it is not the mean.)
+    A caption that repeats one word thousands of times costs seconds; hundreds in its reference, too, minutes.
 
     Raises:
         InputError: Java or pycocoevalcap is missing.
@@ -33,9 +36,8 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> floa
             for caption, given in zip(captions, references, strict=True)
         ]
         _write(process, " ||| ".join(["EVAL", *statistics]))
-        for _ in statistics:  # each pair's own score
-            _number(process)
-        return _number(process)
+        each = [_number(process) for _ in statistics]
+        return _number(process), each
 
 
 def _field(text: str) -> str:

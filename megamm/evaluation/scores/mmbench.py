@@ -17,6 +17,7 @@ from megamm.evaluation.scores.result import Groups, Scores, accuracy_by, percent
 
 NO_OPTION = "Z"  # what refuses to answer, or says so
 _MILLION = 1_000_000
+_LETTERS = "ABCD"
 _SPACED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _FAILED = "Failed to obtain answer via API"
 _REFUSALS = (
@@ -35,8 +36,8 @@ def score_mmbench(
 
     Args:
         references: {"id" or "index": whole number, "label" or "answer": letter, "A": text, "B": text, ...} or
-            with "options": a list or an object instead of the letters; "category", "l2-category" and "split"
-            are reported by.
+            with "options": a list or an object instead of the letters (without texts, only letters A to D are
+            found); "category", "l2-category" and "split" are reported by.
     Raises:
         InputError: of `paired`; an index that is no number; a label that is no letter of an option.
             Predictions without a reference are counted only.
@@ -91,7 +92,7 @@ def _by_letter(prediction: str, options: Mapping[str, str]) -> str | None:
 def _by_text(prediction: str, options: Mapping[str, str]) -> str | None:
     """The one option whose text the prediction contains, letters' case aside."""
     text = prediction.lower()
-    found = [letter for letter, option in options.items() if option.lower() in text]
+    found = [letter for letter, option in options.items() if option and option.lower() in text]
     return found[0] if len(found) == 1 else None
 
 
@@ -102,17 +103,16 @@ def _given(question: Question) -> str | None:
 
 
 def _options(question: Question) -> dict[str, str]:
+    """Letter -> text; empty texts for a reference without any."""
     row = question.row
     given = row.get("options", {letter: row[letter] for letter in ascii_uppercase if letter in row})
     if isinstance(given, list | tuple):
         given = dict(zip(ascii_uppercase, given, strict=False))
     if not isinstance(given, Mapping):
         question.fail('"options" is neither a list nor an object; give the texts of A, B, ...')
-    found = {str(letter): _option_text(question, value) for letter, value in given.items()}
-    found = {letter: text for letter, text in found.items() if text is not None}
-    if not found:
-        question.fail('has no options; give "A", "B", ... with their texts')
-    return found  # type: ignore[return-value]
+    texts = {str(letter): _option_text(question, value) for letter, value in given.items()}
+    found = {letter: text for letter, text in texts.items() if text is not None}
+    return found or dict.fromkeys(_LETTERS, "")
 
 
 def _option_text(question: Question, value: Any) -> str | None:

@@ -18,6 +18,7 @@ from megamm.evaluation.scores.result import Groups, Scores, accuracy_by, percent
 
 SEED = 42
 MULTIPLE_CHOICE = "multiple-choice"
+_LETTERS = "ABCD"
 # In the order in which the evaluator goes through them.
 SUBJECTS = (
     *(
@@ -68,7 +69,8 @@ def score_mmmu(predictions: Iterable[Mapping[str, Any]], references: Iterable[Ma
 
     Args:
         references: {"id", "label": letter, text, or a list of those that are right[, "question_type":
-            "multiple-choice" or "open"][, "options": [text, ...]]}; those with options are multiple choice.
+            "multiple-choice" or "open"][, "options": [text, ...]]}; those with options are multiple choice,
+            and those with nothing but a letter from A to D for label.
     Raises:
         InputError: of `paired`; also for a prediction without a reference; multiple choice without options.
     """
@@ -113,11 +115,13 @@ def _judged(question: Question, generator: random.Random) -> tuple[bool, bool]:
     return (choice or generator.choice(list(options))) in expected, choice is None
 
 
-def _options(question: Question) -> dict[str, str]:
-    """Letter -> text; nothing for an open question."""
-    given = question.row.get("options") or {}
-    kind = question.row.get("question_type", MULTIPLE_CHOICE if given else "open")
-    if kind != MULTIPLE_CHOICE:
+def _options(question: Question) -> dict[str, str | None]:
+    """Letter -> text; nothing for an open question. Where a reference has a letter for label and says nothing
+    else, the texts are not known."""
+    given, kind = question.row.get("options") or {}, question.row.get("question_type")
+    if kind is None and not given and question.row.get("label") in (*_LETTERS,):
+        return dict.fromkeys(_LETTERS)
+    if (kind or (MULTIPLE_CHOICE if given else "open")) != MULTIPLE_CHOICE:
         return {}
     if isinstance(given, list | tuple):
         given = dict(zip(ascii_uppercase, given, strict=False))

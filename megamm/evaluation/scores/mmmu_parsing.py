@@ -21,11 +21,11 @@ _NUMBERS = (
 )
 
 
-def choice_of(response: str, options: Mapping[str, str]) -> str | None:
+def choice_of(response: str, options: Mapping[str, str | None]) -> str | None:
     """The letter that an answer to a multiple-choice question names; None if there is none.
 
     Args:
-        options: letter -> text.
+        options: letter -> text, None where it is not known.
     """
     for mark in _STRIPPED:
         response = response.strip(mark)
@@ -33,7 +33,8 @@ def choice_of(response: str, options: Mapping[str, str]) -> str | None:
     found = _last(text, {letter: f"({letter})" for letter in options})
     found = found or _last(text, {letter: f" {letter} " for letter in options})
     if found is None and len(text.split()) > _MANY_WORDS:
-        found = _last(text.lower(), {letter: option.lower() for letter, option in options.items()})
+        known = {letter: option.lower() for letter, option in options.items() if option is not None}
+        found = _last(text.lower(), known)
     return found
 
 

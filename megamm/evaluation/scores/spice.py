@@ -1,12 +1,14 @@
 """SPICE (Anderson et al. 2016), where its models are.
 
-They (Stanford CoreNLP 3.6.0, 2 jars) are not part of pycocoevalcap, which fetches 440 MB when SPICE is first
-asked for. This never does: where they are missing, SPICE is left out.
+They (Stanford CoreNLP 3.6.0, two jars) are not part of pycocoevalcap, which fetches hundreds of MB when SPICE
+is first asked for. This never does: where they are missing, SPICE is left out.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ from megamm.evaluation.scores.java import jar, package_folder, running
 
 _JAR = "spice/spice-1.0.jar"
 _MODELS = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar")
-# Its parser reaches into classes that Java closes from version 16 on; an older Java knows no such option.
+# It reaches into classes that Java closes from version 16 on. Version 8 knows neither option nor variable.
 _OPENED = ("java.base/java.lang", "java.base/java.util", "java.base/java.nio", "java.base/sun.nio.ch")
+_OPTIONS = {"JDK_JAVA_OPTIONS": " ".join(f"--add-opens={module}=ALL-UNNAMED" for module in _OPENED)}
 _START_S, _S_PER_CAPTION = 600.0, 5.0
 
 
@@ -38,15 +41,16 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple
         ]
         given.write_text(json.dumps(rows))
         path = jar(_JAR)
-        arguments = ["-Xmx8G", "-XX:+IgnoreUnrecognizedVMOptions"]
-        arguments += [f"--add-opens={module}=ALL-UNNAMED" for module in _OPENED]
-        arguments += ["-jar", str(path), str(given), "-out", str(found), "-subset", "-silent"]
+        arguments = ["-Xmx8G", "-jar", str(path), str(given), "-out", str(found), "-subset", "-silent"]
         try:
-            with running(arguments, path.parent) as process:
+            with running(arguments, path.parent, _OPTIONS) as process:
                 process.communicate(timeout=_START_S + _S_PER_CAPTION * len(captions))
             scores = [float(row["scores"]["All"]["f"]) for row in json.loads(found.read_text())]
+            mean = statistics.fmean(scores)
         except subprocess.TimeoutExpired:
             return None, "SPICE is left out: its Java program does not end"
         except (OSError, ValueError, KeyError, TypeError):
             return None, f"SPICE is left out: its Java program ended with {process.returncode} and no scores"
-    return (sum(scores) / len(scores) if scores else None), None
+    if math.isnan(mean):
+        return None, "SPICE is left out: it is no number for some of these captions"
+    return mean, None

@@ -67,8 +67,10 @@ def _answers(question: Question) -> list[str]:
     answers = question.row.get("answers")
     if not isinstance(answers, list | tuple) or not answers:
         question.fail('has no "answers"; give the list of what people answered')
-    texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
-    for text in texts:
+    texts: list[str] = []
+    for answer in answers:
+        text = answer.get("answer") if isinstance(answer, Mapping) else answer
         if not isinstance(text, str):
             question.fail(f'"answers" holds {text!r}; give texts')
+        texts.append(text)
     return texts

@@ -40,12 +40,13 @@ class AnsweringModel(Protocol):
         self,
         conversations: Sequence[Sequence[Turn]],
         images: Sequence[Sequence[str | Path | bytes]],
+        *,
         decoding: Any,
     ) -> list[str]:
         """Answers to conversations that end in a question (collective in the copy)."""
 
     def complete(
-        self, prompts: Sequence[str], images: Sequence[Sequence[str | Path | bytes]], decoding: Any
+        self, prompts: Sequence[str], images: Sequence[Sequence[str | Path | bytes]], *, decoding: Any
     ) -> list[str]:
         """What follows texts in which `<image>` and control tokens count (collective in the copy)."""
 
@@ -117,7 +118,7 @@ def ask(
                 shown[index] = found
         answers: dict[int, str] = {}
         first: InputError | None = None
-        for index, answer in zip(shown, _answers(model, exam, shown, number), strict=True):
+        for index, answer in zip(shown, _answers(model, exam, shown), strict=True):
             if isinstance(answer, InputError):
                 first, problems[index] = first or answer, str(answer)
             else:
@@ -151,23 +152,21 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _answers(
-    model: AnsweringModel, exam: Exam, shown: dict[int, list[bytes]], number: int
-) -> list[str | InputError]:
+def _answers(model: AnsweringModel, exam: Exam, shown: dict[int, list[bytes]]) -> list[str | InputError]:
     """The answers to the questions of a batch. Where it is refused as a whole, each question is asked alone,
     so that only those that are at fault stay without an answer."""
     if not shown:
         return []
-    decoding = exam.for_model(exam.decoding[next(iter(shown))].for_batch(number))
+    decoding = exam.for_model(exam.decoding[next(iter(shown))])
     texts, pictures = [exam.prompts[index].text for index in shown], list(shown.values())
     try:
         if exam.completes:
-            return [*model.complete(texts, pictures, decoding)]
-        return [*model.generate([[Turn("user", text)] for text in texts], pictures, decoding)]
+            return [*model.complete(texts, pictures, decoding=decoding)]
+        return [*model.generate([[Turn("user", text)] for text in texts], pictures, decoding=decoding)]
     except InputError as error:
         if len(shown) == 1:
             return [error]
-    return [answer for index in shown for answer in _answers(model, exam, {index: shown[index]}, number)]
+    return [answer for index in shown for answer in _answers(model, exam, {index: shown[index]})]
 
 
 def _row(exam: Exam, index: int, text: str, problem: str | None) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from hashlib import blake2b
 from typing import Any
 
 from megamm.errors import InputError
@@ -50,11 +49,3 @@ class Decoding:
         if "stop" in given:
             given["stop"] = tuple(given["stop"])
         return replace(self, **given)
-
-    def for_batch(self, number: int) -> Decoding:
-        """With the seed of one batch, so that each draws other numbers, and the same after a restart. Without
-        sampling nothing is drawn, and nothing changes."""
-        if not self.sample:
-            return self
-        digest = blake2b(f"{self.seed}/{number}".encode(), digest_size=4).digest()
-        return replace(self, seed=int.from_bytes(digest, "big") >> 1)

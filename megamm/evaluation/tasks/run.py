@@ -215,8 +215,6 @@ class Examination:
         mark = self.fingerprint | {"data and prompts": digest.hexdigest()}
         kinds = {item.kind: vars(each) for item, each in zip(exam.items, exam.decoding, strict=True)}
         mark["decoding"] = dict(sorted(kinds.items()))
-        if any(each.sample for each in exam.decoding):  # each batch has a seed of its own
-            mark["batch_size"] = self._settings.batch_size
         written: Fingerprint = json.loads(json.dumps(mark))  # as it comes back from a file
         return written
 

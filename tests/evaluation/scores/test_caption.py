@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -129,44 +130,32 @@ def test_every_caption_keeps_its_line() -> None:
 @needs_package
 @needs_java
 def test_odd_captions_do_not_change_the_scores_of_others() -> None:
-    """METEOR of good captions alone, of odd ones alone, and again of the good ones in the same order."""
-    tokens = tokenized(["a dog runs on the beach", "two cats sit", *ODD])
-    good, odd = tokens[:2], tokens[2:]
-    assert meteor(good, [[text] for text in good]) == pytest.approx(1.0, abs=0.02)
-    assert meteor(["", ""], [["a dog"], ["two cats", "a cat"]]) == 0.0
-    assert meteor(["a dog"], [[""]]) == 0.0
-    mixed = meteor([*odd, *good], [[good[0], text] for text in [*odd, *good]])
-    assert 0.0 < mixed <= 1.0
-    assert meteor(["a ||| dog"], [["a dog"]]) == meteor(["a dog"], [["a dog ||| "]])
-    found = scored(
-        dict(enumerate(ODD)), {n: ["a dog runs on the beach", text or "."] for n, text in enumerate(ODD)}
-    )
-    assert all(0.0 <= found[name] <= 1000.0 for name in ("bleu1", "bleu4", "meteor", "rouge_l", "cider"))
+    """One process of METEOR: an odd caption between good ones, as caption and as reference."""
+    good = "a dog runs on the beach"
+    odd = [*tokenized(ODD), "a ||| dog", "two\nlines", "||| |||"]
+    captions = [text for one in odd for text in (one, good)]
+    references = [given for one in odd for given in ([good, "a cat"], [one[:200], good])]
+    overall, each = meteor(captions, references)
+    assert 0.0 < overall < 1.0 and len(each) == len(captions)
+    assert each[1::2] == [1.0] * len(odd)
+    assert all(0.0 <= value < 1.0 for value, one in zip(each[::2], odd, strict=True) if one != good)
+    assert [each[2 * n] for n, one in enumerate(odd) if not one] == [0.0] * odd.count("")
 
 
 @pytest.mark.slow
 @needs_package
 @needs_java
 def test_an_image_without_a_prediction_has_an_empty_caption() -> None:
+    """Compared with an empty one, whose references come as COCO's annotations."""
     captions, references = corpus(4)
-    whole = scored({**captions, 3: ""}, references)
     missing = scored({n: captions[n] for n in range(3)}, references)
-    assert missing["unanswered"] == 1 and missing["empty"] == whole["empty"] == 1
-    names = ("bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider")
-    assert [missing[name] for name in names] == [whole[name] for name in names]
-    annotations = [
-        {"id": 1000 + n, "image_id": key, "caption": text}
-        for n, (key, text) in enumerate((key, text) for key, texts in references.items() for text in texts)
-    ]
-    results = [{"image_id": key, "caption": text} for key, text in captions.items()]
-    assert (
-        score_rows("caption", results, annotations).numbers
-        == score_rows(
-            "caption",
-            [{"id": key, "prediction": text} for key, text in captions.items()],
-            [{"id": key, "references": texts} for key, texts in references.items()],
-        ).numbers
-    )
+    texts = [(key, text) for key, given in references.items() for text in given]
+    annotations = [{"id": 1000 + n, "image_id": key, "caption": text} for n, (key, text) in enumerate(texts)]
+    results = [{"image_id": key, "caption": text} for key, text in {**captions, 3: ""}.items()]
+    empty = score_rows("caption", results, annotations)
+    assert empty.numbers == {name: missing[name] for name in empty.numbers}
+    assert empty.numbers["bleu1"] > 10.0 and empty.numbers["cider"] > 10.0
+    assert missing["unanswered"] == 1 and missing["empty"] == empty.counts["empty"] == 1
 
 
 @pytest.mark.slow
@@ -214,6 +203,41 @@ def test_spice_is_left_out_without_its_models(monkeypatch: pytest.MonkeyPatch, t
     assert "stanford-corenlp-3.6.0.jar is missing; put" in reason
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.5, 0.25], 0.375),
+        ([0.5, None], "ended with 0 and no scores"),
+        ([], "ended with 0 and no scores"),
+        ([float("nan")], "no number"),
+    ],
+)
+def test_spice_with_its_models(
+    scores: list[Any], expected: Any, fake_java: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What its program (a stand-in) is given, and what is made of its answer."""
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in ("", "-models"):
+        (tmp_path / "spice" / "lib" / f"stanford-corenlp-3.6.0{name}.jar").touch()
+    monkeypatch.setattr("megamm.evaluation.scores.spice.package_folder", lambda: tmp_path)
+    rows = [{"image_id": n, "scores": {"All": {"f": value}}} for n, value in enumerate(scores)]
+    pid = fake_java(
+        "place = sys.argv.index('-out')\n"
+        f"open({str(tmp_path / 'given')!r}, 'w').write(open(sys.argv[place - 1]).read())\n"
+        f"open(sys.argv[place + 1], 'w').write({json.dumps(rows)!r})"
+    )
+    value, reason = spice(["a dog", "caf\u00e9"], [["one"], ["two", "three"]])
+    assert json.loads((tmp_path / "given").read_text()) == [
+        {"image_id": 0, "test": "a dog", "refs": ["one"]},
+        {"image_id": 1, "test": "caf\u00e9", "refs": ["two", "three"]},
+    ]
+    if isinstance(expected, float):
+        assert (value, reason) == (expected, None)
+    else:
+        assert value is None and reason is not None and expected in reason
+    assert not is_alive(pid)
+
+
 @pytest.fixture
 def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Puts a Python script in the place of Java, and a file in that of the jars. It writes down its id."""
@@ -224,7 +248,7 @@ def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         script.write_text(f"#!{sys.executable}\n{prelude}{code}\n")
         script.chmod(0o755)
         monkeypatch.setattr(java.shutil, "which", lambda name: str(script))
-        for name in ("meteor", "captions_text"):
+        for name in ("meteor", "captions_text", "spice"):
             monkeypatch.setattr(f"megamm.evaluation.scores.{name}.jar", lambda name: script)
         return pid
 
@@ -266,7 +290,7 @@ def test_meteor_asks_line_by_line(fake_java: Any, tmp_path: Path) -> None:
         "    numbers = ['0.5' for _ in fields[1:]] + ['0.25']\n"
         "    print('1 2' if fields[0] == 'SCORE' else '\\n'.join(numbers), flush=True)"
     )
-    assert meteor(["a dog", "|||"], [["one", "two\nlines"], ["x ||| y"]]) == 0.25
+    assert meteor(["a dog", "|||"], [["one", "two\nlines"], ["x ||| y"]]) == (0.25, [0.5, 0.5])
     assert asked.read_text().splitlines() == [
         "SCORE ||| one ||| two lines ||| a dog",
         "SCORE ||| x y ||| ",

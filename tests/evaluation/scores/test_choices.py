@@ -122,6 +122,8 @@ def test_mmbench_other_layouts() -> None:
         {"id": "r", "index": 6, "answer": "A", "A": "cat", "B": 12, "C": None, "D": float("nan")},
     ]
     assert scored("mmbench", rows, {"q": "dog", "r": "A"}).numbers["accuracy"] == 100.0
+    bare = [{"id": 1, "label": "A"}, {"id": 2, "label": "B"}]
+    assert scored("mmbench", bare, {1: "(A)", 2: "the dog"}).numbers["accuracy"] == 50.0
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_mmbench_other_layouts() -> None:
     [
         ({"id": "x1", "label": "A", "A": "cat"}, "the index is 'x1'; give MMBench's whole number"),
         ({"id": 1, "label": "B", "A": "cat"}, "the label is 'B', which is none of its options"),
-        ({"id": 1, "label": "A"}, "has no options"),
+        ({"id": 1, "label": "E"}, "the label is 'E', which is none of its options"),
         ({"id": 1, "label": "A", "options": 3}, '"options" is neither'),
         ({"id": 1, "label": "A", "A": ["cat"]}, "an option is"),
         ({"id": 1, "A": "cat"}, 'has no "label"'),

@@ -196,6 +196,19 @@ def test_breakdown() -> None:
     assert set(found["by_discipline"]) == {"Art and Design", "Business", "Science"}
 
 
+def test_letters_without_options_are_multiple_choice() -> None:
+    references: list[dict[str, Any]] = [
+        {"id": 1, "label": "A"},
+        {"id": 2, "label": "B"},
+        {"id": 3, "label": "E"},
+    ]
+    found = scored(references, {1: "(A)", 2: "It is (A), no, (B)", 3: "(E)"})
+    assert found.numbers["accuracy"] == pytest.approx(200 / 3)  # the last one is open
+    assert found.counts["random"] == 0
+    opened = scored([{"id": 1, "label": "A", "question_type": "open"}], {1: "(A)"})
+    assert opened.numbers["accuracy"] == 0.0
+
+
 def test_tables() -> None:
     assert len(SUBJECTS) == len(set(SUBJECTS)) == 30 and len(DISCIPLINES) == 6
     assert sorted(SUBJECTS) == sorted(name for names in DISCIPLINES.values() for name in names)

@@ -39,11 +39,13 @@ class StandIn:
         self.batches: list[int] = []
         self._answer, self.kill_after, self._longest = answer, kill_after, longest
 
-    def generate(self, conversations: Sequence[Sequence[Turn]], images: Any, decoding: Decoding) -> list[str]:
+    def generate(
+        self, conversations: Sequence[Sequence[Turn]], images: Any, *, decoding: Decoding
+    ) -> list[str]:
         assert all(turn.role == "user" for turns in conversations for turn in turns)
         return self._answers([turns[0].text for turns in conversations], images, decoding)
 
-    def complete(self, prompts: Sequence[str], images: Any, decoding: Decoding) -> list[str]:
+    def complete(self, prompts: Sequence[str], images: Any, *, decoding: Decoding) -> list[str]:
         return self._answers(list(prompts), images, decoding)
 
     def _answers(self, prompts: list[str], images: Any, decoding: Decoding) -> list[str]:
