@@ -66,7 +66,7 @@ def test_the_table(
 ) -> None:
     assert main(line(checkpoint, layouts.gqa(tmp_path), tmp_path / "g.jsonl", task="gqa")) == 0
     out = capsys.readouterr().out
-    assert out.startswith("gqa: 2 questions\n") and "accuracy" in out
+    assert out.startswith("gqa: 2 questions") and "accuracy" in out
 
 
 def test_a_killed_one_is_of_its_checkpoint(

@@ -7,6 +7,7 @@ rank 0 puts the answers together in the order of the questions.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -70,7 +71,8 @@ def evaluate_task(
     from megamm.engine.checkpoint import read_recipe, resolve
 
     examination = prepare(recipe, task, data, out, settings)
-    if missing := missing_for_score(examination.task, examination.references):
+    missing = missing_for_score(examination.task, examination.references)
+    if missing and os.environ.get("RANK", "0") == "0":
         print(f"megamm: {missing}", file=sys.stderr)
     found = resolve(checkpoint)
     stored = read_recipe(found)

@@ -117,7 +117,10 @@ class Result:
         """What `megamm score` prints, and what could not be asked."""
         from megamm.evaluation.scores import as_text
 
-        lines = [f"{self.task.name}: {self.num_questions} questions"]
+        num_scored = self.scores[0].counts["n"] if self.scores else 0
+        lines = []
+        if num_scored != self.num_questions:
+            lines.append(f"{self.task.name}: {self.num_questions} questions, {num_scored} with known answers")
         if any(self.not_asked):
             lines.append(
                 f'{sum(self.not_asked)} could not be asked and have the answer "": {self.first_problem}'

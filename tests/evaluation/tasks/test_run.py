@@ -74,7 +74,7 @@ def test_predictions_references_and_score(task: str, tmp_path: Path) -> None:
     assert again == {key: value for key, value in found.items() if key not in ("task", "rows", "not_asked")}
     assert [row["id"] for row in rows_of(out)] == [row["id"] for row in rows_of(references_path(out))]
     assert found["rows"] == found["n"] == len(rows_of(out)) and found["not_asked"] == 0
-    assert task in result.report()
+    assert result.report().startswith(f"{TASKS[task].metric}: {found['n']} questions")
     assert not list(out.parent.glob("*.partial*"))
 
 
@@ -118,6 +118,7 @@ def test_some_answers_are_enough_for_a_score(tmp_path: Path) -> None:
     layouts.put(path, questions)
     result = evaluated(always("No."), "gqa", root, tmp_path / "out.jsonl")
     assert result.as_dict()["accuracy"] == 100.0 and result.as_dict()["n"] == 1
+    assert result.report().startswith("gqa: 2 questions, 1 with known answers\n")
     assert len(rows_of(tmp_path / "out.jsonl")) == 2
 
 
