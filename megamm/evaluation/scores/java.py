@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ _REMEDY = "pip install 'megamm[eval]'"
 # Nothing depends on the locale.
 _UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Dstdin.encoding=UTF-8")
 _END_S = 5.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def package_folder() -> Path:
@@ -66,14 +70,19 @@ def running(
     Args:
         variables: of its environment, besides those of this process.
 
-    If this process is killed, its end of the pipe closes, and the Java programs used here end at the end of
-    their input.
+    If this process is killed, Linux kills the other one, too; elsewhere that ends at the end of its input.
 
     Raises:
         InputError: there is no Java.
         RunError: it cannot be started.
     """
     command = [java(), *_UTF8, *arguments]
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
     try:
         process = subprocess.Popen(
             command,
@@ -82,6 +91,7 @@ def running(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
         )
     except OSError as error:
         raise RunError(

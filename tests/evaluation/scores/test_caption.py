@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megamm.errors import InputError, MegammError, RunError
@@ -20,6 +22,7 @@ from megamm.evaluation.scores.captions_text import tokenized
 from megamm.evaluation.scores.meteor import meteor
 from megamm.evaluation.scores.spice import spice
 
+ROOT = Path(__file__).parents[3]
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None, reason="pycocoevalcap is not installed"
 )
@@ -256,11 +259,11 @@ def fake_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def is_alive(pid: Path) -> bool:
+    """Whether the process runs; one that nobody has waited for yet does not."""
     try:
-        os.kill(int(pid.read_text()), 0)
-    except ProcessLookupError:
+        return psutil.Process(int(pid.read_text())).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,25 @@ def test_an_interrupted_meteor_leaves_no_process(fake_java: Any, monkeypatch: py
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_command_leaves_no_process(number: int, fake_java: Any, tmp_path: Path) -> None:
+    pid = fake_java("time.sleep(600)")
+    code = (
+        "import pathlib, sys; from megamm.evaluation.scores import java\n"
+        f"java.shutil.which = lambda name: {str(tmp_path / 'java')!r}\n"
+        "with java.running([], pathlib.Path('.')) as process: process.wait()"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    command.send_signal(number)
+    assert command.wait(60) == -number
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not is_alive(pid)
 
 
