@@ -34,7 +34,7 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def signals_mean_what_they_did() -> Iterator[None]:
-    """A run that was asked to stop ignores later signals to its end, and what a later test starts would inherit
+    """A run that was asked to stop ignores later signals to its end; what a later test starts would inherit
     that."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
