@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, add_json, positive, positive_number, print_json
+from megamm.cli.common import add_command, add_json, positive, print_json
+from megamm.cli.decoding import add_decoding
 from megamm.cli.launched import end_with_launcher
 from megamm.errors import InputError
 
@@ -21,13 +21,15 @@ TASKS = (
 PROMPTS = ("llava", "infimm", "xcomposer", "caption_only", "open_flamingo")
 VQA_RULES = ("always", "github")
 DECODING = (
-    *("max_new_tokens", "beams", "sample", "temperature", "top_p", "length_penalty", "repetition_penalty"),
+    *("max_new_tokens", "beams", "temperature", "top_p", "length_penalty", "repetition_penalty"),
+    *("sample", "stop"),
 )
 # What exact_match has no use for, with the value of an option that is not given.
-_BENCHMARKS_ONLY = {
-    **dict.fromkeys(["limit", "prompts", "shots", "demonstrations", "runs", "submission", "seed"]),
+_BENCHMARKS_ONLY: dict[str, Any] = {
+    **dict.fromkeys(["limit", "prompts", "shots", "demonstrations", "runs", "submission"]),
     **dict.fromkeys(["tensor", "pipeline", "vqa_rule"]),
-    **dict.fromkeys(DECODING[1:]),
+    **dict.fromkeys(DECODING[1:6]),
+    **{"seed": 0, "sample": False, "stop": []},
 }
 
 
@@ -69,7 +71,7 @@ def add_parsers(commands: Any) -> None:
     )
     _add_data(parser)
     _add_prompts(parser)
-    _add_decoding(parser)
+    add_decoding(parser, max_new_tokens=None)
     parser.add_argument(
         "--tensor", type=positive, metavar="N", help="tensor-parallel ranks of a copy (default 1)"
     )
@@ -125,35 +127,10 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="few-shot: file of the training split, in the layout of --data; may be given again",
     )
     parser.add_argument(
-        "--seed",
-        type=_not_negative,
-        metavar="N",
-        help="of demonstrations and of --sample, in the first run (default 0)",
-    )
-    parser.add_argument(
         "--runs",
         type=positive,
         metavar="N",
         help="evaluate N times, with seeds that follow each other; mean and standard deviation are reported",
-    )
-
-
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Defaults are those of the task and its prompts (docs/evaluation.md)."""
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer")
-    parser.add_argument("--beams", type=positive, metavar="N", help="beam search; 1 is greedy")
-    parser.add_argument("--sample", action="store_const", const=True, help="draw tokens at random")
-    parser.add_argument(
-        "--temperature", type=positive_number, metavar="T", help="of --sample, without which it has no effect"
-    )
-    parser.add_argument(
-        "--top-p", type=_share, metavar="P", help="of --sample: draw from the likeliest tokens of this share"
-    )
-    parser.add_argument(
-        "--length-penalty", type=_number, metavar="X", help="of --beams: exponent of the length, 0 for none"
-    )
-    parser.add_argument(
-        "--repetition-penalty", type=positive_number, metavar="X", help="above 1: tokens return less likely"
     )
 
 
@@ -162,25 +139,6 @@ def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
-
-
-def _share(text: str) -> float:
-    """An argparse type: a number above 0, up to 1."""
-    share = positive_number(text)
-    if share > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
-    return share
-
-
-def _number(text: str) -> float:
-    """An argparse type: a finite number."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number")
-    return number
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -227,7 +185,7 @@ def _benchmark(args: argparse.Namespace, recipe: Any) -> int:
         prompts=args.prompts,
         shots=args.shots,
         demonstrations=tuple(args.demonstrations or ()),
-        seed=args.seed or 0,
+        seed=args.seed,
         runs=args.runs,
         submission=args.submission,
         decoding={name: getattr(args, name) for name in DECODING},

@@ -1,4 +1,4 @@
-"""One image file as a tensor, for inference and evaluation."""
+"""One picture as a tensor, for inference and evaluation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from megamm.errors import InputError
 from megamm.whole_files import read_whole
 
 
-def load_image_file(path: str | Path, image_loader: ImageLoader) -> torch.Tensor:
-    """The image at `path`: [3, image_size, image_size] float32, normalised.
+def load_image(picture: str | Path | bytes, image_loader: ImageLoader) -> torch.Tensor:
+    """A picture as [3, image_size, image_size] float32, normalised.
 
+    Args:
+        picture: an image file, or what is in one.
     Raises:
         InputError: the file is missing or no usable image.
     """
+    name = "the picture" if isinstance(picture, bytes) else picture
     try:
-        check_length(Path(path).stat().st_size)
-        (result,) = image_loader.load([read_whole(path)], [0])
+        if isinstance(picture, bytes):
+            check_length(len(picture))
+            data = picture
+        else:
+            check_length(Path(picture).stat().st_size)
+            data = read_whole(picture)
+        (result,) = image_loader.load([data], [0])
     except ImageError as error:
         result = error
     except OSError as error:
-        raise InputError(f"{path}: the image cannot be read ({error.strerror}); give an image file") from None
+        raise InputError(f"{name}: the image cannot be read ({error.strerror}); give an image file") from None
     if isinstance(result, ImageError):
-        raise InputError(f"{path}: {result}; give another image") from None
+        raise InputError(f"{name}: {result}; give another image") from None
     return result

@@ -181,6 +181,10 @@ class Template:
         ends = [tokenizer.encode_runs([words.items(Part(text, True, True))])[0][-1:] for text in self.stop]
         return sorted({tokenizer.eos_id, *(i for end in ends for i in end)})
 
+    def control_tokens(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """The template's own control tokens in the ids of a vocabulary."""
+        return _Words.of(self, tokenizer).names
+
     def _words(self, text: str, learnt: bool, is_document: bool = False) -> list[Part]:
         """The words of a turn with its images where the template puts them."""
         pieces = text.split(IMAGE_TOKEN)

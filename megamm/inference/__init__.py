@@ -1,5 +1,6 @@
-"""Using trained checkpoints: `load(path).logits(...)` and `.generate(...)`."""
+"""Using trained checkpoints: `load(path).logits(...)`, `.generate(...)` and `.complete(...)`."""
 
+from megamm.inference.decoding import Decoding
 from megamm.inference.model import Model, load
 
-__all__ = ["Model", "load"]
+__all__ = ["Decoding", "Model", "load"]

@@ -11,7 +11,10 @@ from megamm.config import Recipe
 from megamm.data.tokenizer import Tokenizer
 from megamm.engine.groups import Groups
 from megamm.engine.pipeline import labelled_logits
-from megamm.inference.greedy import Asking, padded, question_batch
+from megamm.inference.asking import Asking, padded, question_batch
+from megamm.inference.decoding import Decoding
+from megamm.inference.search import Scorer, search
+from megamm.inference.sequences import CachedSequences, RecomputedSequences
 
 
 class LayoutModel:
@@ -43,7 +46,25 @@ class LayoutModel:
         """
         if not prompts:
             return []
-        return self.asking.answer(prompts, lambda rows: self._next_logits(rows, images), max_new_tokens)
+        decoding = Decoding(max_new_tokens)
+        if self._is_cached:
+            network = self._models[0].module
+            pad_id = self.asking.tokenizer.pad_id
+            scorer: Scorer = CachedSequences(network, self._groups, prompts, images, max_new_tokens, pad_id)
+        else:
+            scorer = RecomputedSequences(
+                prompts, lambda rows, owners: self._next_logits(rows, [images[owner] for owner in owners])
+            )
+        answers = search(scorer, prompts, decoding, self.asking.words)
+        return [self.asking.text(answer, decoding) for answer in answers]
+
+    @property
+    def _is_cached(self) -> bool:
+        """Whether the layers can remember: a cache holds whole sequences, and Transformer Engine's attention
+        takes none."""
+        parallel = self._recipe.parallel
+        is_whole = not parallel.sequence and parallel.context == 1
+        return is_whole and len(self._models) == 1 and self._models[0].module.backend_name == "local"
 
     def _next_logits(
         self, sequences: Sequence[Sequence[int]], images: Sequence[torch.Tensor]

@@ -106,8 +106,10 @@ class SDPACoreAttention(MegatronModule):
         device: torch.device,
     ) -> tuple[bool, Optional[torch.Tensor]]:
         """(is_causal, mask) for torch, where True means "attend"."""
-        if mask_type != AttnMaskType.causal:
-            return False, None if attention_mask is None else ~attention_mask
+        if attention_mask is not None:
+            return False, ~attention_mask
+        if mask_type != AttnMaskType.causal or (num_queries == 1 and self.window is None):
+            return False, None
         if self.window is None and num_queries == num_keys:
             return True, None
         # queries are the last positions of the keys (cached decoding)

@@ -17,6 +17,7 @@ from torch import nn
 
 from megamm.config import CrossAttentionConfig
 from megamm.layers.backend import column_parallel, row_parallel
+from megamm.layers.cache import DecodingCache
 from megamm.layers.media_segments import MediaSegments, attend_to_segments
 from megamm.layers.module import MegatronModule
 from megamm.layers.norms import LayerNorm, RMSNorm, mark_sequence_parallel
@@ -51,6 +52,9 @@ class MultiHeadAttention(MegatronModule):
             ranks: megatron's finalize_model_grads does so for the names `q_layernorm` and `k_layernorm`
             when config.qk_layernorm is set (engine.transformer_config).
     """
+
+    cache: Optional[DecodingCache] = None  # while answers are generated
+    layer_number = 0  # its place in the cache
 
     def __init__(
         self,
@@ -88,17 +92,32 @@ class MultiHeadAttention(MegatronModule):
             segments: which part of the context each position attends to; one that attends to nothing gets
                 exactly 0 (without biases). None: all to all.
         """
-        q, _ = self.to_q(x)
-        kv, _ = self.to_kv(context)
-        q = self.q_layernorm(self._split_heads(q, self.head_dim))
-        k, v = self._split_heads(kv, 2 * self.head_dim).chunk(2, dim=-1)
-        k = self.k_layernorm(k)
+        q, (k, v) = self._queries(x), self._keys_and_values(context)
         if segments is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [B, local heads, positions, head_dim]
             out = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3)
         else:
             out = attend_to_segments(q, k, v, segments)
-        out, _ = self.to_out(out.flatten(2).contiguous())  # [S, B, local heads * head_dim]
+            if self.cache is not None:
+                self.cache.keep_media(self.layer_number, k, v, segments.num_latents)
+        return self._output(out)
+
+    def forward_cached(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, B, query_size] of further tokens, attending to what the cache has of the context."""
+        assert self.cache is not None
+        return self._output(self.cache.attend_to_media(self.layer_number, self._queries(x)))
+
+    def _queries(self, x: torch.Tensor) -> torch.Tensor:
+        q, _ = self.to_q(x)
+        return self.q_layernorm(self._split_heads(q, self.head_dim))
+
+    def _keys_and_values(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kv, _ = self.to_kv(context)
+        k, v = self._split_heads(kv, 2 * self.head_dim).chunk(2, dim=-1)
+        return self.k_layernorm(k), v
+
+    def _output(self, attended: torch.Tensor) -> torch.Tensor:
+        out, _ = self.to_out(attended.flatten(2).contiguous())  # [S, B, local heads * head_dim]
         return out
 
     def _split_heads(self, x: torch.Tensor, size: int) -> torch.Tensor:
@@ -149,7 +168,7 @@ class SwiGLU(MLP):
         return out
 
 
-Parts = tuple[Callable[[], nn.Module], nn.Module, nn.Module]  # norm, attention, feed-forward
+Parts = tuple[Callable[[], nn.Module], MultiHeadAttention, nn.Module]  # norm, attention, feed-forward
 
 
 def _flamingo(
@@ -190,6 +209,8 @@ class GatedCrossAttention(MegatronModule):
         tp_group: tensor-parallel group.
     """
 
+    attention: MultiHeadAttention
+
     def __init__(
         self, config: Any, backend: Any, geometry: CrossAttentionConfig, media_width: int, tp_group: Any
     ) -> None:
@@ -212,9 +233,8 @@ class GatedCrossAttention(MegatronModule):
     def forward(
         self,
         x: torch.Tensor,
-        media: torch.Tensor,
-        segments: MediaSegments,
-        keep_block: Optional[torch.Tensor] = None,
+        media: Optional[torch.Tensor],
+        mask: Optional[MediaMask],
     ) -> torch.Tensor:
         """The hidden states behind the block, [S, B, H].
 
@@ -223,17 +243,26 @@ class GatedCrossAttention(MegatronModule):
         Args:
             x: [S, B, H] hidden states.
             media: [M, B, media_width] media tokens.
-            segments: which image's media tokens each position attends to.
-            keep_block: with skip_text_only, [S, B, 1], false at positions that pass the block unchanged;
-                None: those of samples without a position that sees media. (Under sequence parallelism the
-                positions of x, which is a shard, while segments has all of them.)
+            mask: which image's media tokens each position attends to, and with skip_text_only which positions
+                pass the block unchanged: without keep_block those of samples without a position that sees
+                media. None for both: what the cache has of the media.
         """
-        attended = self.attention(self.attention_norm(x), media, segments)
+        normed = self.attention_norm(x)
+        if mask is None:
+            attended = self.attention.forward_cached(normed)
+        else:
+            attended = self.attention(normed, media, mask.segments)
         normed, x = self._add_and_norm(x, attended)
         keep = None
         if self.skip_text_only:  # the attention output of such samples is zero already
-            keep = segments.sees_media if keep_block is None else keep_block
+            keep = self._keep(mask)
         return gated_residual(x, self.feed_forward(normed), self.feed_forward_gate, keep)
+
+    def _keep(self, mask: Optional[MediaMask]) -> torch.Tensor:
+        if mask is None:
+            assert self.attention.cache is not None
+            return self.attention.cache.sees_media
+        return mask.segments.sees_media if mask.keep_block is None else mask.keep_block
 
     def _add_and_norm(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first gated sum, after the norm of the feed-forward and as it is."""

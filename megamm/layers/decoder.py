@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -28,6 +29,7 @@ from megamm.config.parts import padded_vocab_size
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import DecoderConfig
 from megamm.layers.backend import backend_by_name
+from megamm.layers.cache import DecodingCache
 from megamm.layers.context import context_slice
 from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
 from megamm.layers.lora import Adapters, DropoutKeys, adapted_targets, position_keys, with_adapters
@@ -57,6 +59,7 @@ class DecoderLayer(TransformerLayer):
             self.gated_cross_attention: Optional[GatedCrossAttention] = GatedCrossAttention(
                 config, backend_by_name(backend_name), geometry, config.media_width, self.tp_group
             )
+            self.gated_cross_attention.attention.layer_number = self.layer_number
         else:
             self.gated_cross_attention = None
         # the number that is passed in counts within the pipeline chunk
@@ -89,10 +92,7 @@ class DecoderLayer(TransformerLayer):
         _set_dropout_keys(self.self_attention, dropout_keys)
         self.mlp.dropout_keys = dropout_keys
         if self.gated_cross_attention is not None:
-            assert context_mask is not None
-            hidden_states = self.gated_cross_attention(
-                hidden_states, context, context_mask.segments, context_mask.keep_block
-            )
+            hidden_states = self.gated_cross_attention(hidden_states, context, context_mask)
         hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return hidden_states, context
 
@@ -243,6 +243,8 @@ class Decoder(GPTModel):
         vp_stage: index of the chunk under the interleaved schedule.
     """
 
+    cache: Optional[DecodingCache] = None  # while answers are generated
+
     def __init__(
         self,
         language: LanguageConfig,
@@ -277,6 +279,25 @@ class Decoder(GPTModel):
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
 
+    @contextmanager
+    def caching(self, cache: DecodingCache) -> Iterator[None]:
+        """A pass that fills the cache and attends to what is in it. Logits are those behind the last position
+        of each row alone."""
+        for attention in (self, *self._attentions()):
+            attention.cache = cache
+        try:
+            yield
+        finally:
+            for attention in (self, *self._attentions()):
+                attention.cache = None
+        cache.advance()
+
+    def _attentions(self) -> Iterator[Any]:
+        for layer in self.decoder.layers:
+            yield layer.self_attention
+            if layer.gated_cross_attention is not None:
+                yield layer.gated_cross_attention.attention
+
     def train(self, mode: bool = True) -> Decoder:
         """Training or evaluation; the latter in bf16: sequences of any length do not fit FP8's kernels, and
         the scales that training will use must not depend on what was looked at in between."""
@@ -306,9 +327,17 @@ class Decoder(GPTModel):
         """megatron's, with a table of cosines and sines instead of angles, computed once for all layers; its
         positions start again at each document of a packed row."""
         decoder_input, angles, *rest = super()._preprocess(*args, **kwargs)
+        if self.cache is not None:
+            return decoder_input, self._cached_table(self.cache), *rest
         if kwargs.get("packed_seq_params") is not None:
             angles = angles[kwargs["position_ids"][0]]
         return decoder_input, rope_table(angles[:, 0, 0].chunk(2, dim=-1)[0]), *rest
+
+    def _cached_table(self, cache: DecodingCache) -> torch.Tensor:
+        if cache.table is None:
+            angles = self.rotary_pos_emb(cache.capacity)
+            cache.table = rope_table(angles[:, 0, 0].chunk(2, dim=-1)[0])
+        return cache.table
 
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: Optional[torch.Tensor] = None, **kwargs: Any
@@ -317,6 +346,9 @@ class Decoder(GPTModel):
         each position, [B, S]."""
         if self.post_process and self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        if self.post_process and self.cache is not None and self.cache.is_prompt:
+            rows = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            hidden_states = hidden_states[self.cache.lengths - 1, rows][None]
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **kwargs)
         return self._losses(hidden_states, labels)

@@ -7,12 +7,14 @@ from typing import Any, Optional
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
+from megamm.layers.cache import DecodingCache
 from megamm.ops.rope import rope_qkv
 
 
 class RotarySelfAttention(SelfAttention):
     """megatron's, but `rotary_pos_emb` is a table of cosines and sines with a row for each position."""
 
+    cache: Optional[DecodingCache] = None  # while answers are generated
     _table: Optional[torch.Tensor] = None
 
     def forward(  # type: ignore[override]
@@ -32,12 +34,17 @@ class RotarySelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values: [S, B, heads, head_dim], of this rank's heads."""
+        """Queries, keys and values: [S, B, heads, head_dim], of this rank's heads. With a cache the keys and
+        values are those of the positions before, too."""
         qkv, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         assert self._table is not None
-        query, key, value = rope_qkv(qkv, self.hidden_size_per_attention_head, self._table)
+        cache = self.cache
+        positions = None if cache is None or cache.is_prompt else cache.lengths[None]
+        query, key, value = rope_qkv(qkv, self.hidden_size_per_attention_head, self._table, positions)
         num_heads = self.num_attention_heads_per_partition
         if query.shape[2] > num_heads:  # fewer groups than ranks: some ranks share one and its queries
             ranks = query.shape[2] // num_heads
             query = query.chunk(ranks, dim=2)[self.pg_collection.tp.rank() % ranks]
+        if cache is not None:
+            key, value = cache.extend(self.layer_number, key, value)
         return query, key, value

@@ -108,7 +108,9 @@ class VisionLanguageModel(MegatronModule, ABC):
     def set_input_tensor(self, input_tensor: torch.Tensor | list[Optional[torch.Tensor]] | None) -> None:
         """Take what the previous pipeline stage sent (called by megatron's schedules)."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        hidden = None if received is None else self.receive(received)
+        cache = self.language.cache
+        is_further = cache is not None and not cache.is_prompt  # then no media come along
+        hidden = received if received is None or is_further else self.receive(received)
         self.language.decoder.set_input_tensor(hidden)
 
     def shared_embedding_or_output_weight(self) -> Optional[torch.Tensor]:
@@ -164,6 +166,24 @@ class VisionLanguageModel(MegatronModule, ABC):
             labels=None if return_logits else self.own_labels(batch),
             packed_seq_params=self._documents(batch),
             extra_block_kwargs=block_kwargs,
+        )
+
+    def decode_next(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """One further token of each row, within `language.caching`.
+
+        Args:
+            input_ids: [B], not of images.
+        Returns:
+            [B, 1, V / tp] logits; [1, B, H] hidden states on earlier stages.
+        """
+        cache = self.language.cache
+        assert cache is not None and not cache.is_prompt
+        ids = input_ids[:, None]
+        return self.language(
+            input_ids=ids,
+            position_ids=None,
+            attention_mask=cache.mask,
+            decoder_input=self.language.embed(ids, cache.lengths[:, None]) if self.pre_process else None,
         )
 
     def own_labels(self, batch: Batch) -> torch.Tensor:

@@ -24,7 +24,7 @@ from megamm.data.questions import Question, iter_questions
 from megamm.engine.groups import Groups
 from megamm.engine.ranks import describe, from_rank_0, gather_on_rank_0
 from megamm.errors import InputError
-from megamm.inference.greedy import Asking, evaluation_loader, load_pictures
+from megamm.inference.asking import Asking, evaluation_loader, load_pictures
 from megamm.inference.layout import LayoutModel
 from megamm.whole_files import read_whole
 

@@ -58,7 +58,11 @@ OPTIONS = {
     "parity": [
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],
-    "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
+    "generate": [
+        *["--beams", "--checkpoint", "--debug", "--image", "--length-penalty", "--max-new-tokens"],
+        *["--pipeline", "--prompt", "--repetition-penalty", "--sample", "--seed", "--stop", "--temperature"],
+        *["--tensor", "--top-p"],
+    ],
     "evaluate": [
         *["RECIPE", "--a.b=c", "--batch-size", "--beams", "--checkpoint", "--data", "--debug"],
         *["--demonstrations", "--images", "--json", "--length-penalty", "--limit", "--max-new-tokens"],
@@ -72,7 +76,7 @@ OPTIONS = {
             "--seed",
             "--shots",
         ],
-        *["--submission", "--task", "--temperature", "--tensor", "--top-p", "--vqa-rule"],
+        *["--stop", "--submission", "--task", "--temperature", "--tensor", "--top-p", "--vqa-rule"],
     ],
     "score": ["--debug", "--json", "--metric", "--predictions", "--references", "--vqa-rule"],
 }

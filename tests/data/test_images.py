@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from megamm.config import ImageConfig
-from megamm.data.image_file import load_image_file
+from megamm.data.image_file import load_image
 from megamm.data.image_geometry import plan
 from megamm.data.images import ImageError, ImageLoader, make_image_loader
 from megamm.errors import InputError
@@ -235,9 +235,9 @@ def test_the_choice_of_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file(tmp_path: Path) -> None:
     image_loader = loader("pillow")
     (tmp_path / "a.png").write_bytes(encode(picture(1)))
-    assert load_image_file(tmp_path / "a.png", image_loader).shape == (3, SIZE, SIZE)
+    assert load_image(tmp_path / "a.png", image_loader).shape == (3, SIZE, SIZE)
     (tmp_path / "b.png").write_bytes(b"none")
     with pytest.raises(InputError, match=r"b.png: is not an image"):
-        load_image_file(tmp_path / "b.png", image_loader)
+        load_image(tmp_path / "b.png", image_loader)
     with pytest.raises(InputError, match=r"c.png: the image cannot be read"):
-        load_image_file(tmp_path / "c.png", image_loader)
+        load_image(tmp_path / "c.png", image_loader)

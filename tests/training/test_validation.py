@@ -230,7 +230,7 @@ def test_pixels_are_those_of_evaluation(make: Callable[..., Recipe]) -> None:
     assert (held_out_recipe(other).seed, held_out_recipe(other).stage) == (1, "validation")
 
     from megamm.data.concatenated import ConcatenatedDataset
-    from megamm.inference.greedy import evaluation_loader
+    from megamm.inference.asking import evaluation_loader
 
     dataset, loader = ConcatenatedDataset.open(recipe.data), evaluation_loader(recipe)
     checked = 0

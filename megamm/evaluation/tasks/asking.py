@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from megamm.data.image_header import ImageError
 from megamm.data.templates import Turn
 from megamm.errors import InputError
-from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.few_shot import Prompt, cut_answer
 from megamm.evaluation.tasks.item import Item
 from megamm.evaluation.tasks.partial import Row
 from megamm.evaluation.tasks.pictures import read_picture
 from megamm.evaluation.tasks.prompts import Words
+from megamm.inference import Decoding
 
 Batch = tuple[int, ...]
 _READERS = 2  # threads that read and check pictures while the model computes
@@ -32,21 +32,26 @@ class AnsweringModel(Protocol):
         is_spokesman: whether this rank writes what its copy answers.
     """
 
-    num_copies: int
-    copy: int
-    is_spokesman: bool
+    @property
+    def num_copies(self) -> int: ...
+
+    @property
+    def copy(self) -> int: ...
+
+    @property
+    def is_spokesman(self) -> bool: ...
 
     def generate(
         self,
         conversations: Sequence[Sequence[Turn]],
         images: Sequence[Sequence[str | Path | bytes]],
         *,
-        decoding: Any,
+        decoding: Decoding,
     ) -> list[str]:
         """Answers to conversations that end in a question (collective in the copy)."""
 
     def complete(
-        self, prompts: Sequence[str], images: Sequence[Sequence[str | Path | bytes]], *, decoding: Any
+        self, prompts: Sequence[str], images: Sequence[Sequence[str | Path | bytes]], *, decoding: Decoding
     ) -> list[str]:
         """What follows texts in which `<image>` and control tokens count (collective in the copy)."""
 
@@ -60,7 +65,6 @@ class Exam:
         words: with which each was made.
         completes: whether prompts are texts to complete, instead of questions.
         max_pixels: larger pictures are not decoded.
-        for_model: turns the decoding into what the model takes.
     """
 
     items: Sequence[Item]
@@ -69,7 +73,6 @@ class Exam:
     decoding: Sequence[Decoding]
     completes: bool
     max_pixels: int
-    for_model: Callable[[Decoding], Any] = lambda decoding: decoding
 
 
 def plan_batches(exam: Exam, size: int) -> list[Batch]:
@@ -157,7 +160,7 @@ def _answers(model: AnsweringModel, exam: Exam, shown: dict[int, list[bytes]]) -
     so that only those that are at fault stay without an answer."""
     if not shown:
         return []
-    decoding = exam.for_model(exam.decoding[next(iter(shown))])
+    decoding = exam.decoding[next(iter(shown))]
     texts, pictures = [exam.prompts[index].text for index in shown], list(shown.values())
     try:
         if exam.completes:

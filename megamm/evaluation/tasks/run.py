@@ -19,7 +19,6 @@ from megamm.config import Recipe
 from megamm.errors import InputError
 from megamm.evaluation.evaluate import check_same_model, write_rows
 from megamm.evaluation.tasks.asking import AnsweringModel, Exam, ask, plan_batches
-from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.few_shot import Prompt, draw_pool, few_shot_prompt
 from megamm.evaluation.tasks.item import Item
 from megamm.evaluation.tasks.partial import AnswerFile, Row, partial_files, partial_path, read_partials
@@ -78,7 +77,7 @@ def evaluate_task(
     stored = read_recipe(found)
     check_same_model(recipe.model, stored.model, found)
     examination.fingerprint["checkpoint"] = _digest_of(found / "manifest.json")
-    return examination.take(_load(found, settings), for_model, official)
+    return examination.take(_load(found, settings), official)
 
 
 def _digest_of(path: Path) -> str:
@@ -92,17 +91,7 @@ def _digest_of(path: Path) -> str:
 def _load(checkpoint: Path, settings: TaskSettings) -> AnsweringModel:
     from megamm import inference
 
-    load: Any = inference.load
-    model: AnsweringModel = load(checkpoint, tensor=settings.tensor, pipeline=settings.pipeline)
-    return model
-
-
-def for_model(decoding: Decoding) -> Any:
-    """The decoding as `megamm.inference` takes it."""
-    from megamm import inference
-
-    make: Any = inference.Decoding  # type: ignore[attr-defined]
-    return make(**vars(decoding))
+    return inference.load(checkpoint, tensor=settings.tensor, pipeline=settings.pipeline)
 
 
 def prepare(
@@ -121,7 +110,7 @@ def prepare(
     prompts = fitting_prompts(recipe, chosen, settings)
     items = read_items(chosen, data, settings.images, settings.limit)
     for kind in {item.kind for item in items}:
-        prompts.of(kind, task)
+        decoding_of(prompts, kind, chosen, settings, 0)  # raises what is wrong with it
     check_template(recipe, prompts, chosen, items)
     check_folders((image for item in items for image in item.images), task)
     return Examination(chosen, prompts, items, out, settings, recipe.data.image.max_pixels)
@@ -151,16 +140,14 @@ class Examination:
         self._marks: list[Fingerprint] = []
         self.fingerprint: Fingerprint = {"task": task.name}
 
-    def take(
-        self, model: AnsweringModel, for_model: Callable[[Decoding], Any], scorer: Scorer
-    ) -> Result | None:
+    def take(self, model: AnsweringModel, scorer: Scorer) -> Result | None:
         """Have the model answer, and write and score its answers; None on all ranks but the first.
 
         Raises:
             InputError: answers of another evaluation stand in the way. RunError: as of `evaluate_task`.
         """
         with together(lambda: self._finish(scorer)) as results:
-            exams = [self._exam(run, for_model) for run in range(len(self._paths))]
+            exams = [self._exam(run) for run in range(len(self._paths))]
             self._marks = [self._fingerprint(exam) for exam in exams]
             known = told_by_rank_0(lambda: self._answered(scorer))
             for path, exam, mark, done in zip(self._paths, exams, self._marks, known, strict=True):
@@ -173,7 +160,7 @@ class Examination:
         known = zip(self._paths, self._marks, strict=True)
         return [set(read_partials(path, mark, len(self._items))) for path, mark in known]
 
-    def _exam(self, run: int, for_model: Callable[[Decoding], Any]) -> Exam:
+    def _exam(self, run: int) -> Exam:
         task, settings = self.task, self._settings
         words = [self._prompts.of(item.kind, task.name) for item in self._items]
         kinds = {item.kind for item in self._items}
@@ -190,7 +177,6 @@ class Examination:
             decoding=[decoding[item.kind] for item in self._items],
             completes=self._prompts.shots is not None,
             max_pixels=self._max_pixels,
-            for_model=for_model,
         )
 
     def _demonstrated(self, seed: int) -> list[Prompt]:

@@ -10,10 +10,10 @@ from typing import Any
 from megamm.config import Recipe
 from megamm.data.templates import Template
 from megamm.errors import InputError
-from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.item import Item
 from megamm.evaluation.tasks.prompts import Prompts, choose_prompts
 from megamm.evaluation.tasks.registry import Task
+from megamm.inference import Decoding
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,26 @@ def check_template(recipe: Recipe, prompts: Prompts, task: Task, items: Sequence
 
 def decoding_of(prompts: Prompts, kind: str, task: Task, settings: TaskSettings, run: int) -> Decoding:
     """How answers to one kind of question are decoded: greedy search, changed by the set of words, its kind,
-    and the user, in this order."""
+    and the user, in this order.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
     words = prompts.of(kind, task.name)
-    where = f"prompts {prompts.name}"
-    decoding = Decoding(seed=settings.seed + run).changed(prompts.decoding, where)
-    return decoding.changed(words.decoding, where).changed(settings.decoding, "decoding")
+    values: dict[str, Any] = {**prompts.decoding, **words.decoding}
+    given = {name: value for name, value in settings.decoding.items() if value is not None}
+    stop = (*values.get("stop", ()), *given.get("stop", ()))
+    values |= given
+    values["sample"] = _draws(values, given)
+    if values.get("temperature") == 0:  # the likeliest
+        del values["temperature"]
+    return Decoding(**{**values, "stop": stop, "seed": settings.seed + run})
+
+
+def _draws(values: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether tokens are drawn: as of `megamm generate`, --temperature or --top-p say so where there are no
+    beams."""
+    if values.get("temperature") == 0:
+        return False
+    asked = "temperature" in given or "top_p" in given
+    return bool(given.get("sample")) or (asked and values.get("beams", 1) == 1)

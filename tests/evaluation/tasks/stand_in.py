@@ -11,9 +11,9 @@ from megamm.data.templates import Turn
 from megamm.errors import InputError
 from megamm.evaluation.scores import Scores
 from megamm.evaluation.tasks import Result, TaskSettings
-from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.run import prepare
 from megamm.evaluation.tasks.scoring import Scorer, official
+from megamm.inference import Decoding
 from megamm.recipe import recipe_from_dict
 from tests.evaluation.tasks.layouts import number_of
 
@@ -105,7 +105,7 @@ def evaluated(
     """What an evaluation of the stand-in finds."""
     files = [data] if isinstance(data, Path) else data
     examination = prepare(of or recipe(), task, files, out, settings or TaskSettings())
-    result = examination.take(model, lambda decoding: decoding, scorer)
+    result = examination.take(model, scorer)
     assert result is not None
     return result
 

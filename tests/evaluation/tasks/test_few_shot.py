@@ -10,10 +10,10 @@ import pytest
 
 from megamm.errors import InputError
 from megamm.evaluation.tasks import TaskSettings
-from megamm.evaluation.tasks.decoding import Decoding
 from megamm.evaluation.tasks.few_shot import POOL, cut_answer, draw_pool
 from megamm.evaluation.tasks.item import Item
 from megamm.evaluation.tasks.prompts import load_prompts
+from megamm.inference import Decoding
 from tests.evaluation.tasks import layouts
 from tests.evaluation.tasks.stand_in import Killed, StandIn, always, evaluated, recipe, without_java
 

@@ -13,9 +13,11 @@ from megamm.errors import InputError
 from megamm.evaluation.scores import read_rows, score_rows
 from megamm.evaluation.tasks import TASKS, TaskSettings
 from megamm.evaluation.tasks.asking import plan_batches
-from megamm.evaluation.tasks.decoding import Decoding
+from megamm.evaluation.tasks.prompts import load_prompts
 from megamm.evaluation.tasks.run import prepare
 from megamm.evaluation.tasks.scoring import missing_for_score, official, references_path, rehearse
+from megamm.evaluation.tasks.settings import decoding_of
+from megamm.inference import Decoding
 from tests.evaluation.tasks import layouts
 from tests.evaluation.tasks.stand_in import StandIn, always, evaluated, recipe
 
@@ -91,7 +93,7 @@ def test_captions_are_written_in_the_order_of_the_pictures(task: str, tmp_path: 
 
     examination = prepare(recipe(), task, [data], out, TaskSettings(batch_size=1))
     model = StandIn(lambda prompt, numbers, decoding: f" picture {numbers[0]}\n")
-    result = examination.take(model, lambda decoding: decoding, scorer)
+    result = examination.take(model, scorer)
     assert result is not None and result.num_questions == 2
     ((predictions, references),) = seen
     assert predictions == (["picture 1", "picture 4"] if task == "flickr30k" else ["picture 1", "picture 2"])
@@ -181,6 +183,28 @@ def test_decoding_of_prompts_and_options(tmp_path: Path) -> None:
     assert model.asked[4][2] == Decoding(max_new_tokens=64, beams=5, repetition_penalty=1.5)
 
 
+@pytest.mark.parametrize(
+    ("given", "sample", "temperature"),
+    [
+        ({}, False, 0.2),
+        ({"sample": True}, True, 0.2),
+        ({"temperature": 0.7}, False, 0.7),  # of five beams it changes nothing
+        ({"temperature": 0.7, "beams": 1}, True, 0.7),
+        ({"top_p": 0.5, "beams": 1, "sample": False}, True, 0.2),
+        ({"temperature": 0, "sample": True}, False, 1.0),
+    ],
+)
+def test_what_is_drawn(given: dict[str, Any], sample: bool, temperature: float) -> None:
+    decoding = decoding_of(load_prompts()["llava"], "vqa", TASKS["gqa"], TaskSettings(decoding=given), 0)
+    assert (decoding.sample, decoding.temperature) == (sample, temperature)
+
+
+def test_stops_of_the_words_stay() -> None:
+    settings = TaskSettings(decoding={"stop": ["."]})
+    decoding = decoding_of(load_prompts()["open_flamingo"], "vqa", TASKS["gqa"], settings, 2)
+    assert decoding.stop == ("<|endofchunk|>", ".") and decoding.seed == 2
+
+
 def test_several_runs_have_mean_and_deviation(tmp_path: Path) -> None:
     seeds: dict[int, str] = {}
 
@@ -215,7 +239,7 @@ def test_batches_hold_questions_of_one_size(tmp_path: Path) -> None:
 
 def test_kinds_with_different_decoding_share_no_batch(tmp_path: Path) -> None:
     examination = prepare(recipe(), "mmmu", [layouts.mmmu_parquet(tmp_path)], tmp_path / "o", TaskSettings())
-    exam = examination._exam(0, lambda decoding: decoding)
+    exam = examination._exam(0)
     assert {exam.decoding[index].max_new_tokens for index in (0, 1, 2)} == {128}
     changed = [*exam.decoding[:2], Decoding(beams=2)]
     batches = plan_batches(type(exam)(**{**vars(exam), "decoding": changed}), 8)
@@ -234,7 +258,7 @@ def test_captions_of_a_stage_that_learns_captions(tmp_path: Path) -> None:
     data, model = layouts.coco_caption(tmp_path), always("x")
     examination = prepare(recipe("plain"), "coco_caption", [data], tmp_path / "o.jsonl", TaskSettings())
     some = score_rows("gqa", [{"id": 1, "prediction": "a"}], [{"id": 1, "label": "a"}])
-    examination.take(model, lambda decoding: decoding, lambda *_: some)
+    examination.take(model, lambda *_: some)
     assert {prompt for prompt, _, _ in model.asked} == {"<image>"}
 
 
@@ -267,7 +291,7 @@ def test_a_score_that_fails_leaves_the_predictions(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"java: is missing.*the answers stand in .*o\.jsonl; score them with"
     ):
-        examination.take(always("x"), lambda decoding: decoding, failing)
+        examination.take(always("x"), failing)
     assert len(rows_of(out)) == 2
 
 

@@ -41,7 +41,7 @@ def answer(data: str, out: str, copies: int, fails: int = -1, slow: int = -1) ->
     found: dict[str, Any] = {"error": "", "result": None}
     start = time.monotonic()
     try:
-        result = examination.take(model, lambda decoding: decoding, official)
+        result = examination.take(model, official)
         found["result"] = result.as_dict() if result is not None else None
     except RunError as error:
         found["error"] = str(error)

@@ -1,8 +1,8 @@
-"""From questions to answers, whatever computes the logits: prompts, their checks, and the greedy loop."""
+"""From questions to ids and from ids to answers: prompts, their pictures, and the checks of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +10,15 @@ import torch
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
-from megamm.data.image_file import load_image_file
+from megamm.data.image_file import load_image
 from megamm.data.images import ImageLoader, make_image_loader
 from megamm.data.templates import Template, Turn
 from megamm.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from megamm.errors import InputError
+from megamm.inference.decoding import Decoding
+from megamm.inference.search import Vocabulary
 
-# [B, V] logits of the token that follows each of B sequences of ids
-NextLogits = Callable[[list[list[int]]], torch.Tensor]
+Picture = str | Path | bytes  # a file, or what is in one
 
 
 @dataclass(frozen=True)
@@ -47,53 +48,50 @@ class Asking:
         Raises:
             InputError: the turns do not end with a question, or the template takes no questions.
         """
-        image_id = self.tokenizer.image_id
-        ids = self.template.prompt(turns, self.tokenizer)
-        return [i for t in ids for i in ([t] * self.tokens_per_image if t == image_id else [t])]
+        return self.with_image_positions(self.template.prompt(turns, self.tokenizer))
 
     def check_length(self, longest: int, max_new_tokens: int, option: str) -> None:
-        """Raise InputError if a prompt of `longest` positions leaves no room; `option` is what to lower."""
-        if longest + max_new_tokens > self.max_positions:
-            raise InputError(
-                f"a prompt of {longest} positions and {max_new_tokens} new tokens exceed the model's "
-                f"{self.max_positions} positions; shorten the prompt or lower {option}"
-            )
+        """As the function of this name, for this model."""
+        check_length(longest, max_new_tokens, self.max_positions, option)
 
-    def answer(self, prompts: Sequence[Sequence[int]], logits: NextLogits, max_new_tokens: int) -> list[str]:
-        """The greedy answers to prompts of ids."""
-        answers = self.greedy(prompts, logits, max_new_tokens)
-        return [self.tokenizer.decode(ids).strip() for ids in answers]
+    @property
+    def words(self) -> Vocabulary:
+        """What answers are made of."""
+        tokenizer = self.tokenizer
+        stops = frozenset(self.template.stop_ids(tokenizer))
+        return Vocabulary(tokenizer.vocab_size, stops, [tokenizer.image_id], tokenizer.decode)
 
-    def greedy(
-        self, prompts: Sequence[Sequence[int]], next_logits: NextLogits, max_new_tokens: int
-    ) -> list[list[int]]:
-        """The ids of the answers. Of equal logits the lowest id counts, so ranks with the same logits agree.
+    def text(self, answer: Sequence[int], decoding: Decoding) -> str:
+        """The text of an answer, up to what ends it."""
+        text = self.tokenizer.decode(answer)
+        ends = [place for stop in decoding.stop if (place := text.find(stop)) >= 0]
+        return text[: min(ends)].strip() if ends else text.strip()
 
-        The whole sequence is computed again for every new token (there is no key/value cache).
-        """
-        tokenizer, stops = self.tokenizer, set(self.template.stop_ids(self.tokenizer))
-        sequences = [list(prompt) for prompt in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            if not open_rows:
-                break
-            logits = next_logits(sequences)
-            logits[:, tokenizer.vocab_size :] = -torch.inf  # embeddings without a token
-            logits[:, tokenizer.image_id] = -torch.inf
-            best = logits.argmax(dim=-1).tolist()
-            for row in list(open_rows):
-                if best[row] in stops:
-                    open_rows.discard(row)
-                    continue
-                answers[row].append(best[row])
-                sequences[row].append(best[row])
-        return answers
+    def raw_prompt(self, text: str) -> list[int]:
+        """Prompt ids of a text that stands as it is, with special tokens and placeholders in it."""
+        tokenizer = self.tokenizer
+        parts = tokenizer.cut(text, self.template.control_tokens(tokenizer))
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return self.with_image_positions([*begin, *tokenizer.encode_parts(parts)])
+
+    def with_image_positions(self, ids: Sequence[int]) -> list[int]:
+        """The ids with every placeholder repeated for each position that its image takes."""
+        image_id = self.tokenizer.image_id
+        return [i for t in ids for i in ([t] * self.tokens_per_image if t == image_id else [t])]
 
 
-def check_placeholders(turns: Sequence[Turn], num_images: int, name: str) -> None:
+def check_length(longest: int, max_new_tokens: int, max_positions: int, option: str) -> None:
+    """Raise InputError if a prompt of `longest` positions leaves no room; `option` is what to lower."""
+    if longest + max_new_tokens > max_positions:
+        raise InputError(
+            f"a prompt of {longest} positions and {max_new_tokens} new tokens exceed the model's "
+            f"{max_positions} positions; shorten the prompt or lower {option}"
+        )
+
+
+def check_placeholders(text: str, num_images: int, name: str) -> None:
     """Raise InputError if the conversation `name` has not one picture for each placeholder."""
-    placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    placeholders = text.count(IMAGE_TOKEN)
     if placeholders != num_images:
         raise InputError(
             f"{name}: {placeholders} {IMAGE_TOKEN} placeholders, but {num_images} pictures; "
@@ -107,14 +105,14 @@ def evaluation_loader(recipe: Recipe) -> ImageLoader:
     return make_image_loader(config, recipe.model.vision.image_size, training=False)
 
 
-def load_pictures(paths: Sequence[str | Path], loader: ImageLoader) -> torch.Tensor:
-    """[N, 3, H, W] pixels of picture files.
+def load_pictures(pictures: Sequence[Picture], loader: ImageLoader) -> torch.Tensor:
+    """[N, 3, H, W] pixels of pictures.
 
     Raises:
         InputError: one is missing or unreadable.
     """
     size = loader.image_size
-    pixels = [load_image_file(path, loader) for path in paths]
+    pixels = [load_image(picture, loader) for picture in pictures]
     return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
 
 
