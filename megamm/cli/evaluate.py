@@ -176,6 +176,7 @@ def _exact_match(args: argparse.Namespace, recipe: Any) -> int:
 
 
 def _benchmark(args: argparse.Namespace, recipe: Any) -> int:
+    from megamm.engine import groups
     from megamm.evaluation.tasks import TaskSettings, evaluate_task
 
     settings = TaskSettings(
@@ -194,10 +195,7 @@ def _benchmark(args: argparse.Namespace, recipe: Any) -> int:
         vqa_rule=args.vqa_rule or VQA_RULES[0],
     )
     result = evaluate_task(recipe, args.checkpoint, args.task, args.data, args.out, settings)
-    if result is None:  # another rank than the first
-        return 0
-    if args.json:
-        print_json(result.as_dict())
-    else:
-        print(result.report())
+    if result is not None:  # on the first rank
+        print_json(result.as_dict()) if args.json else print(result.report())
+    groups.shutdown()
     return 0
