@@ -1,4 +1,4 @@
-"""megamm generate, megamm evaluate: what a trained model answers."""
+"""megamm generate: what a trained model answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, add_json, positive, print_json
+from megamm.cli.common import add_command, positive
 from megamm.cli.decoding import add_decoding, decoding_of
 
 IMAGE = "<image>"
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the subcommands."""
+    """Add the subcommand."""
     parser = add_command(
         commands,
         "generate",
@@ -34,41 +34,6 @@ def add_parsers(commands: Any) -> None:
     )
     add_decoding(parser)
     _add_layout(parser)
-    parser = add_command(
-        commands,
-        "evaluate",
-        evaluate,
-        "ask the questions of a data set, write the answers and the score",
-        "megamm evaluate examples/quickstart/llava.yaml --checkpoint runs/llava --task exact_match"
-        " --data heldout.json --out predictions.jsonl",
-    )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of the model")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="--a.b=c",
-        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
-    )
-    _add_checkpoint(parser)
-    parser.add_argument("--task", choices=("exact_match",), required=True, help="what is asked and scored")
-    parser.add_argument(
-        "--data",
-        action="append",
-        type=Path,
-        required=True,
-        metavar="D",
-        help="LLaVA JSON with questions (human) and answers (gpt); may be given again",
-    )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of the pictures (default: that of the data file)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="PRED.jsonl", help="predictions to write")
-    parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="questions asked at once (default 32)"
-    )
-    _add_length(parser)
-    add_json(parser)
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +52,6 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"processes that share {what} (default 1)",
         )
-
-
-def _add_length(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default 64)"
-    )
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -120,20 +79,4 @@ def generate(args: argparse.Namespace) -> int:
     if model.copy == 0 and model.is_spokesman:
         print(answer)
     groups.shutdown()
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Run `megamm evaluate`."""
-    from megamm.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)
-    from megamm.evaluation import Settings, evaluate, report
-
-    settings = Settings(args.images, args.batch_size, args.max_new_tokens)
-    score = evaluate(recipe, args.checkpoint, args.task, args.data, args.out, settings)
-    if args.json:
-        print_json(score.as_dict())
-    else:
-        print(report(score))
     return 0

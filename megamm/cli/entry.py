@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamm import __version__
-from megamm.cli import answers, data, doctor, inspect, parity, plan, report, score, tokenizer, train, weights
+from megamm.cli import (
+    answers,
+    data,
+    doctor,
+    evaluate,
+    inspect,
+    parity,
+    plan,
+    report,
+    score,
+    tokenizer,
+    train,
+    weights,
+)
 from megamm.cli.interrupt import interruptible
 from megamm.errors import INTERRUPTED, MegammError, RankLost
 
@@ -51,7 +64,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for module in (doctor, plan, data, tokenizer, inspect, weights, train, report, parity, answers, score):
+    modules = (
+        doctor,
+        plan,
+        data,
+        tokenizer,
+        inspect,
+        weights,
+        train,
+        report,
+        parity,
+        answers,
+        evaluate,
+        score,
+    )
+    for module in modules:
         module.add_parsers(commands)
     return parser
 

@@ -64,8 +64,19 @@ OPTIONS = {
         *["--tensor", "--top-p"],
     ],
     "evaluate": [
-        *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
-        *["--max-new-tokens", "--out", "--task"],
+        *["RECIPE", "--a.b=c", "--batch-size", "--beams", "--checkpoint", "--data", "--debug"],
+        *["--demonstrations", "--images", "--json", "--length-penalty", "--limit", "--max-new-tokens"],
+        *[
+            "--out",
+            "--pipeline",
+            "--prompts",
+            "--repetition-penalty",
+            "--runs",
+            "--sample",
+            "--seed",
+            "--shots",
+        ],
+        *["--stop", "--submission", "--task", "--temperature", "--tensor", "--top-p", "--vqa-rule"],
     ],
     "score": ["--debug", "--json", "--metric", "--predictions", "--references", "--vqa-rule"],
 }
