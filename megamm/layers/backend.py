@@ -18,7 +18,7 @@ from megamm.layers.norms import RMSNorm
 
 
 class LocalBackend(LocalSpecProvider):
-    """megatron-core's linears, plain where they can be, megamm's RMSNorm, torch's scaled-dot-product attention."""
+    """megatron-core's linears, plain where they can be, megamm's RMSNorm, torch's attention."""
 
     def column_parallel_linear(self) -> type:
         return ColumnLinear

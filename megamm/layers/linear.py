@@ -1,8 +1,8 @@
 """Parallel linears that are plain ones where nothing is parallel about them.
 
 megatron-core's go through an autograd function in Python, which knows how to overlap communication and where
-gradients are accumulated, in every forward and backward pass: on a CPU, and for single tokens, longer than the
-product itself takes. With one tensor-parallel rank, and without gradients, there is nothing to overlap.
+gradients are accumulated, in every forward and backward pass: for single tokens on a CPU that is longer than
+the product itself takes. With one tensor-parallel rank, and without gradients, there is nothing to overlap.
 """
 
 from __future__ import annotations
