@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megamm.layers.context import context_chunks, context_gather
 from megamm.layers.module import MegatronModule
+from megamm.ops.attention import attention
 
 
 class SDPACoreAttention(MegatronModule):
@@ -85,16 +85,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         is_causal, mask = self._mask(q.shape[2], k.shape[2], mask_type, attention_mask, q.device)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        dropout = self.dropout if self.training else 0.0
+        out = attention(q, k, v, mask, is_causal, self.softmax_scale, dropout)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _mask(

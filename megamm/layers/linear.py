@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import nn
+
+from megamm.ops.linear import linear
 
 LinearOutput = tuple[torch.Tensor, Optional[torch.Tensor]]  # and the bias that is still to be added
 
@@ -32,8 +34,8 @@ class ColumnLinear(ColumnParallelLinear):
             return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
         if self.skip_bias_add:
-            return F.linear(input_, weight), self.bias
-        return F.linear(input_, weight, self.bias), None
+            return linear(input_, weight), self.bias
+        return linear(input_, weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):
@@ -44,8 +46,8 @@ class RowLinear(RowParallelLinear):
         if not _is_plain(self) or not self.input_is_parallel:
             return super().forward(input_)
         if self.tp_group.size() == 1 and not self.skip_bias_add:
-            return F.linear(input_, self.weight, self.bias), None
-        out = F.linear(input_, self.weight)
+            return linear(input_, self.weight, self.bias), None
+        out = linear(input_, self.weight)
         if self.tp_group.size() > 1:
             out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
         if self.skip_bias_add:
@@ -53,7 +55,15 @@ class RowLinear(RowParallelLinear):
         return out if self.bias is None else out + self.bias, None
 
 
-def _is_plain(linear: Any) -> bool:
-    if linear.gradient_accumulation_fusion:
+def _is_plain(layer: Any) -> bool:
+    if layer.gradient_accumulation_fusion:
         return False
-    return linear.tp_group.size() == 1 or not (torch.is_grad_enabled() or linear.sequence_parallel)
+    return layer.tp_group.size() == 1 or not (torch.is_grad_enabled() or layer.sequence_parallel)
+
+
+class Linear(nn.Linear):
+    """torch's, by megamm's op."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        return linear(x, self.weight, self.bias)

@@ -14,6 +14,7 @@ import pytest
 
 from megamm.config import ParallelConfig
 from megamm.engine import groups
+from megamm.ops import attention, linear
 from megamm.planning.image_activations import images_of_micro_batch
 from megamm.planning.in_flight import most_in_flight
 from megamm.planning.memory import largest_stage, memory_of_stage
@@ -87,6 +88,13 @@ SLOW: list[Case] = [
     ("merged", {**INSTRUCT, **WIDE}),
     ("merged", {**INSTRUCT, **WIDE, **BF16, "data__sequence_length": 2048}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def bf16_stays_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the devices that are planned for: no fp32 copies of weights for the moment of a product."""
+    for op in (linear, attention):
+        monkeypatch.setattr(op, "fp32_is_faster", lambda: False)
 
 
 def check(kind: str, overrides: dict[str, Any]) -> None:

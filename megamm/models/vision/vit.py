@@ -16,8 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamm.config import VisionConfig
+from megamm.layers.linear import Linear
 from megamm.models.vision.rotary import Rotation, patch_rotation, rotate_patches
+from megamm.ops.attention import attention
 from megamm.ops.layer_norm import LayerNorm
+from megamm.ops.linear import linear
 from megamm.ops.swiglu import swiglu
 
 
@@ -48,18 +51,18 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.keys_have_bias = config.qkv_bias == "all"
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=self.keys_have_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=self.keys_have_bias)
         if not self.keys_have_bias:
             self.q_bias = nn.Parameter(torch.empty(config.width))
             self.v_bias = nn.Parameter(torch.empty(config.width))
         self.norm = _norm(config, config.sub_norm)
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = Linear(config.width, config.width)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         if self.keys_have_bias:
             return self.qkv(x)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight, bias)
+        return linear(x, self.qkv.weight, bias)
 
     def forward(self, x: torch.Tensor, rotation: Optional[Rotation]) -> torch.Tensor:
         images, positions, width = x.shape
@@ -67,7 +70,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if rotation is not None:
             q, k = rotate_patches(q, rotation), rotate_patches(k, rotation)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(self.norm(out.transpose(1, 2).reshape(images, positions, width)))
 
 
@@ -77,9 +80,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         gated = config.activation == "swiglu"
-        self.fc1 = nn.Linear(config.width, (2 if gated else 1) * config.mlp_width)
+        self.fc1 = Linear(config.width, (2 if gated else 1) * config.mlp_width)
         self.norm = _norm(config, config.sub_norm, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc2 = Linear(config.mlp_width, config.width)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
