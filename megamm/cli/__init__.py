@@ -9,6 +9,7 @@ data.py       prepare
 tokenizer.py  prepare tokenizer
 weights.py    convert import, convert export, verify
 answers.py    generate, evaluate
+chat.py       chat
 doctor.py     doctor
 
 Importing this package imports nothing heavy: every command imports what it runs when it runs.

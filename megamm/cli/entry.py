@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megamm import __version__
-from megamm.cli import answers, data, doctor, inspect, parity, plan, report, tokenizer, train, weights
+from megamm.cli import answers, chat, data, doctor, inspect, parity, plan, report, tokenizer, train, weights
 from megamm.cli.interrupt import interruptible
 from megamm.errors import INTERRUPTED, MegammError, RankLost
 
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megamm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND", required=True)
-    for module in (doctor, plan, data, tokenizer, inspect, weights, train, report, parity, answers):
+    for module in (doctor, plan, data, tokenizer, inspect, weights, train, report, parity, answers, chat):
         module.add_parsers(commands)
     return parser
 

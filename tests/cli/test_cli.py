@@ -59,6 +59,10 @@ OPTIONS = {
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],
     "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
+    "chat": [
+        *["--checkpoint", "--debug", "--host", "--image", "--max-new-tokens", "--port", "--seed", "--system"],
+        *["--temperature", "--top-p", "--web"],
+    ],
     "evaluate": [
         *["RECIPE", "--a.b=c", "--batch-size", "--checkpoint", "--data", "--debug", "--images", "--json"],
         *["--max-new-tokens", "--out", "--task"],

@@ -1,0 +1,109 @@
+"""megamm chat: a conversation with a trained model, in the terminal or in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megamm.cli.common import add_command, positive, positive_number
+from megamm.errors import InputError
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "chat",
+        chat,
+        "talk with a model about pictures, in the terminal or in the browser",
+        "megamm chat --checkpoint runs/llava --image cat.jpg",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="CKPT", help="checkpoint or run directory"
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="I",
+        help="picture that is shown with the first question; may be given again",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default 256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=positive_number,
+        metavar="T",
+        help="draw the answer instead of taking the likeliest one: below 1 sharper, above 1 wilder",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=positive_number,
+        metavar="P",
+        help="draw from the likeliest tokens that together have this probability",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default 0)")
+    page = parser.add_argument_group("in the browser")
+    page.add_argument("--web", action="store_true", help="serve a page (needs gradio)")
+    page.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="address to listen at (default 127.0.0.1: this machine)",
+    )
+    page.add_argument("--port", type=positive, default=7860, metavar="N", help="port (default 7860)")
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Run `megamm chat`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("WORLD_SIZE: a chat runs in one process; start it without torchrun or srun")
+    if args.web and find_spec("gradio") is None:
+        raise InputError("--web: gradio is not installed; install it: pip install 'megamm[demo]' (or gradio)")
+    for image in args.image:
+        if not image.is_file():
+            raise InputError(f"{image}: no such file; give a picture")
+    from megamm.inference import Decoding
+
+    drawn = args.temperature is not None or args.top_p is not None
+    decoding = Decoding(
+        max_new_tokens=args.max_new_tokens,
+        sample=drawn,
+        temperature=args.temperature or 1.0,
+        top_p=args.top_p or 1.0,
+        seed=args.seed,
+    )
+    from megamm.chat.answering import Answerer
+    from megamm.engine import groups
+    from megamm.inference import load
+
+    answerer = Answerer(load(args.checkpoint))
+    answerer.check_system(args.system)
+    for image in args.image:
+        answerer.check_picture(image)
+    name = str(args.checkpoint)
+    try:
+        return _serve(args, answerer, decoding, name) if args.web else _talk(args, answerer, decoding, name)
+    finally:
+        groups.shutdown()
+
+
+def _talk(args: argparse.Namespace, answerer: Any, decoding: Any, name: str) -> int:
+    from megamm.chat.conversation import Conversation
+    from megamm.chat.terminal import Terminal
+
+    conversation = Conversation(args.system, answerer.has_memory)
+    return Terminal(answerer, decoding, conversation, args.image).run(name)
+
+
+def _serve(args: argparse.Namespace, answerer: Any, decoding: Any, name: str) -> int:
+    from megamm.chat.web import serve
+
+    serve(answerer, decoding, args.system, args.image, name, args.host, args.port)
+    return 0
