@@ -94,9 +94,7 @@ class Answerer:
         positions, most = len(self._asking.prompt(turns)), self._asking.max_positions
         if positions >= most:
             remedy = "begin anew or ask for less" if conversation.exchanges else "ask for less"
-            raise TooLong(
-                f"the conversation takes {positions} positions, and the model has {most}; {remedy}"
-            )
+            raise TooLong(f"the conversation takes {positions} positions, and the model has {most}; {remedy}")
         return Question(turns, shown, positions, most - positions)
 
     def answer(self, question: Question, decoding: Decoding, listener: Callable[[str], None]) -> str:

@@ -15,11 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from megamm.chat.answering import Answerer
 from megamm.chat.conversation import Conversation
-from megamm.chat.page import Texts, build, served
 from megamm.errors import InputError
 from megamm.inference import Decoding
 
@@ -100,9 +98,7 @@ class Chat:
             self._running.pop(visitor).stop.set()
 
 
-def _with(
-    conversation: Conversation, question: str, pictures: Sequence[Path], answer: str
-) -> Conversation:
+def _with(conversation: Conversation, question: str, pictures: Sequence[Path], answer: str) -> Conversation:
     longer = replace(conversation, exchanges=list(conversation.exchanges))
     longer.add(question, pictures, answer)
     return longer
@@ -121,7 +117,8 @@ def _decoding(decoding: Decoding, temperature: float, top_p: float, longest: int
 
 def problem(error: BaseException) -> str:
     """What the page shows of an error."""
-    sentence = str(error) if isinstance(error, InputError) else "the answer failed; the server's output says why"
+    unexpected = "the answer failed; the output of the server says why"
+    sentence = str(error) if isinstance(error, InputError) else unexpected
     return f'<div role="alert">{html.escape(sentence)}</div>'
 
 
@@ -143,6 +140,8 @@ def serve(
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="megamm-chat-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the server
+        from megamm.chat.page import Texts, build, served
+
         texts = Texts(name, answerer.note, system if answerer.takes_system else None, answerer.takes_system)
         page = build(Chat(answerer, decoding), texts, decoding, pictures, Path(uploads))
         with served(page, host, port, PICTURE_MB) as address:
