@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from megamm.cli.common import add_command, add_json, positive, print_json
+from megamm.cli.decoding import add_decoding, decoding_of
 
 IMAGE = "<image>"
 
@@ -18,7 +20,7 @@ def add_parsers(commands: Any) -> None:
         "generate",
         generate,
         "answer one question about pictures",
-        "megamm generate --checkpoint runs/llava --image cat.jpg --prompt 'What is this?'",
+        "megamm generate --checkpoint runs/llava --image cat.jpg --prompt 'What is this?' --beams 5",
     )
     _add_checkpoint(parser)
     parser.add_argument(
@@ -30,7 +32,8 @@ def add_parsers(commands: Any) -> None:
         metavar="P",
         help=f"question; where it has no {IMAGE}, the pictures stand before it",
     )
-    _add_length(parser)
+    add_decoding(parser)
+    _add_layout(parser)
     parser = add_command(
         commands,
         "evaluate",
@@ -74,6 +77,18 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how the model is divided (under torchrun or srun)")
+    for name, what in (("tensor", "each layer"), ("pipeline", "the layers")):
+        group.add_argument(
+            f"--{name}",
+            type=positive,
+            default=1,
+            metavar="N",
+            help=f"processes that share {what} (default 1)",
+        )
+
+
 def _add_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default 64)"
@@ -94,10 +109,17 @@ def generate(args: argparse.Namespace) -> int:
     for image in args.image:
         if not image.is_file():
             raise InputError(f"{image}: no such file; give a picture")
+    decoding = decoding_of(args)
+    from megamm.engine import groups
+    from megamm.engine.launcher import take_place_from_slurm
     from megamm.inference import load
 
-    model = load(args.checkpoint)
-    print(model.generate([[Turn("user", prompt)]], [args.image], max_new_tokens=args.max_new_tokens)[0])
+    take_place_from_slurm(os.environ)
+    model = load(args.checkpoint, tensor=args.tensor, pipeline=args.pipeline)
+    (answer,) = model.generate([[Turn("user", prompt)]], [args.image], decoding=decoding)
+    if model.copy == 0 and model.is_spokesman:
+        print(answer)
+    groups.shutdown()
     return 0
 
 

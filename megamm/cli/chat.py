@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, positive, positive_number
+from megamm.cli.common import add_command, positive
 from megamm.errors import InputError
 
 
@@ -38,17 +38,17 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=positive_number,
+        type=float,
         metavar="T",
-        help="draw the answer instead of taking the likeliest one: below 1 sharper, above 1 wilder",
+        help="draw the answer from the scores divided by T; 0, the default: the likeliest answer",
     )
     parser.add_argument(
         "--top-p",
-        type=positive_number,
+        type=float,
         metavar="P",
-        help="draw from the likeliest tokens that together have this probability",
+        help="draw from the likeliest tokens of together probability P",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
     page = parser.add_argument_group("in the browser")
     page.add_argument("--web", action="store_true", help="serve a page (needs gradio)")
     page.add_argument(
@@ -71,12 +71,12 @@ def chat(args: argparse.Namespace) -> int:
             raise InputError(f"{image}: no such file; give a picture")
     from megamm.inference import Decoding
 
-    drawn = args.temperature is not None or args.top_p is not None
+    is_drawn = bool(args.temperature) if args.temperature is not None else args.top_p is not None
     decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
-        sample=drawn,
+        sample=is_drawn,
         temperature=args.temperature or 1.0,
-        top_p=args.top_p or 1.0,
+        top_p=1.0 if args.top_p is None else args.top_p,
         seed=args.seed,
     )
     from megamm.chat.answering import Answerer

@@ -23,6 +23,7 @@ from megamm.engine.contents import all_files, describe_run, write_weights
 from megamm.engine.frozen import DIRECTORY as FROZEN
 from megamm.engine.frozen import FrozenFiles, FrozenWeights
 from megamm.engine.groups import Groups
+from megamm.engine.held_tensors import HostCopies
 from megamm.engine.loading import (
     load_newest,
     load_weights,
@@ -33,12 +34,7 @@ from megamm.engine.loading import (
 from megamm.engine.manifest import INCOMPLETE, FileEntry, Manifest, Progress, Verification, resolve
 from megamm.engine.ranks import describe, gather, gather_on_rank_0, on_rank_0
 from megamm.engine.restricted import read_index
-from megamm.engine.sharded_files import (
-    FileWriter,
-    HostCopies,
-    ShardedSave,
-    WrittenFile,
-)
+from megamm.engine.sharded_files import FileWriter, ShardedSave, WrittenFile
 from megamm.engine.sharded_state import CONTENT, model_state, state_to_save
 from megamm.engine.weight_files import WeightFiles
 from megamm.errors import InputError, RunError
@@ -182,7 +178,7 @@ class Checkpoints:
             self._finish()
 
     def _begin(self, progress: Progress, final: Path, must_succeed: bool, started: float) -> _Pending:
-        """Copy what training will change, write the small files, and start the threads for the large ones."""
+        """Write the small files, and start the threads for the large ones."""
         # 1. a fresh directory, which no rank of an earlier start can know; what a killed save left goes
         failure = f"{final}: cannot be written"
         temporary: Path = on_rank_0(partial(self._prepare, final), failure)
@@ -193,11 +189,9 @@ class Checkpoints:
         linked = self._link(weights, temporary)
         taken = frozen_weights.take_frozen(state, weights)
         validate = not self._was_validated
-        copies = self._copies if self._recipe.checkpoint.asynchronous else None
-        saves = {"shards": ShardedSave(state, temporary / "shards", copies, validate)}
+        saves = {"shards": ShardedSave(state, temporary / "shards", self._copies, validate)}
         if weights.dtypes and linked is None:  # of all ranks: this one may have none
-            # no copies: nothing changes them before they are written
-            saves[FROZEN] = ShardedSave({"model": taken}, temporary / FROZEN, None, validate)
+            saves[FROZEN] = ShardedSave({"model": taken}, temporary / FROZEN, self._copies, validate)
         self._was_validated = True
 
         # 3. the small files now, the large ones in threads
@@ -209,7 +203,8 @@ class Checkpoints:
                 describe_run(temporary, self._recipe, self._tokenizer)
 
         on_rank_0(write_small, failure)
-        writer = FileWriter([file for save in saves.values() for file in save.files])
+        # (frozen weights need not be secured: nothing changes them)
+        writer = FileWriter(saves["shards"].files, saves[FROZEN].files if FROZEN in saves else [])
         return _Pending(progress, temporary, final, must_succeed, saves, writer, linked, weights, started)
 
     def poll(self) -> None:
@@ -220,6 +215,15 @@ class Checkpoints:
         """
         if self._pending is not None:
             self._advance(self._pending)
+
+    def before_update(self) -> None:
+        """Secure what the pending checkpoint still needs of the weights and moments as they are: they are
+        about to change. Of this rank alone; costs nothing without one."""
+        pending = self._pending
+        if pending is not None:
+            started = time.perf_counter()
+            pending.writer.secure(self._copies)
+            pending.seconds += time.perf_counter() - started
 
     def wait(self) -> None:
         """Commit the pending checkpoint, waiting for its files, and until old ones are deleted.

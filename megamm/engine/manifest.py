@@ -18,12 +18,15 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from megamm.engine.manifest_format import FileEntry, Manifest, ManifestError, Progress, parse
+from xxhash import xxh3_128
+
+from megamm.engine.manifest_format import Algorithm, FileEntry, Manifest, ManifestError, Progress, parse
 from megamm.errors import InputError
 
 __all__ = ["FileEntry", "Manifest", "Progress"]
 
 MANIFEST = "manifest.json"
+AT_ONCE = 1 << 18  # bytes that are hashed while they are in the cache
 MAX_MANIFEST_BYTES = 1 << 26
 INCOMPLETE = ".incomplete-"  # prefix of a checkpoint that is being written
 _REPLACED = ".replaced-"  # prefix of one whose name another is about to take
@@ -131,11 +134,15 @@ def files_below(directory: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and sha256 of a file."""
+def hash_file(path: Path, algorithm: Algorithm = "xxh3_128") -> FileEntry:
+    """Size and hash of a file."""
+    digest = xxh3_128() if algorithm == "xxh3_128" else hashlib.sha256()
+    buffer, size = memoryview(bytearray(AT_ONCE)), 0
     with path.open("rb", buffering=0) as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        return FileEntry(stream.tell(), digest.hexdigest())
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileEntry(size, digest.hexdigest(), algorithm)
 
 
 def find_damage(checkpoint: Path, names: list[str], files: dict[str, FileEntry]) -> list[str]:
@@ -153,8 +160,8 @@ def _damage(path: Path, entry: FileEntry, root: Path) -> str | None:
             return "missing"
         if path.stat().st_size != entry.size:
             return f"{path.stat().st_size} bytes instead of {entry.size}"
-        if hash_file(path) != entry:
-            return "content changed since it was saved (sha256 differs)"
+        if hash_file(path, entry.algorithm) != entry:
+            return f"content changed since it was saved ({entry.algorithm} differs)"
     except (OSError, RuntimeError) as error:  # pathlib's error for a link to itself is a RuntimeError
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return None

@@ -11,9 +11,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had SHA-256 as the hash of files
+_READABLE = (1, 2)
+Algorithm = Literal["xxh3_128", "sha256"]
 _LARGEST = 2**63  # numbers stay below
 
 
@@ -35,10 +37,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and hash of one file."""
+    """Size in bytes and hash of one file.
+
+    Attributes:
+        hash: hexadecimal.
+        algorithm: what it was made by, XXH3 of 128 bits or, in older checkpoints, SHA-256.
+    """
 
     size: int
-    sha256: str
+    hash: str
+    algorithm: Algorithm = "xxh3_128"
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file."""
-        return spelled(asdict(self))
+        files = {name: {"size": e.size, e.algorithm: e.hash} for name, e in self.files.items()}
+        return spelled({**asdict(self), "files": files})
 
 
 def spelled(content: dict[str, Any]) -> str:
@@ -107,8 +116,8 @@ def parse(text: bytes) -> Manifest:
         version = content["format_version"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ManifestError("not a readable manifest") from None
-    if type(version) is int and version != FORMAT_VERSION:
-        raise ManifestError(f"format version {version}, this megamm reads {FORMAT_VERSION}")
+    if type(version) is int and version not in _READABLE:
+        raise ManifestError(f"format version {version}, this megamm reads up to {FORMAT_VERSION}")
     if spelled(content).encode() != text:
         raise ManifestError("altered since it was written (its hash does not match)")
     try:
@@ -152,8 +161,10 @@ def _count(value: Any) -> int:
     return number
 
 
-def _entry(size: Any, sha256: Any) -> FileEntry:
-    return FileEntry(_count(size), _of(str, sha256))
+def _entry(size: Any, xxh3_128: Any = None, sha256: Any = None) -> FileEntry:
+    if sha256 is not None and xxh3_128 is None:
+        return FileEntry(_count(size), _of(str, sha256), "sha256")
+    return FileEntry(_count(size), _of(str, xxh3_128))
 
 
 def _inner_path(name: str) -> str:

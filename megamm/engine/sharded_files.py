@@ -1,8 +1,9 @@
 """Distributed checkpoint files (torch_dist format): megatron-core's names and layout, written by threads.
 
 Writing has three parts, so that training can go on during the second:
-1. `ShardedSave(...)`: the ranks agree on who writes what, and copy what they write (collective);
-2. `FileWriter`: threads of this rank write and hash its files (no communication);
+1. `ShardedSave(...)`: the ranks agree on who writes what (collective);
+2. `FileWriter`: threads of this rank write and hash its files (no communication), from where the tensors lie
+   until training is about to change them: what is not written by then is copied (`secure`);
 3. `ShardedSave.complete`: rank 0 writes the directory's index, once all ranks are done.
 
 megatron's own writer starts a multiprocessing Manager and forks a process per file: seconds per save, and
@@ -33,8 +34,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megamm.engine.archives import archive_around
 from megamm.engine.hashed_file import HashedFile
+from megamm.engine.held_tensors import HeldTensor, HostCopies
 from megamm.engine.manifest import DamagedCheckpoint, FileEntry
-from megamm.engine.mapped_files import blocks
 from megamm.engine.ranks import gather, gather_on_rank_0
 from megamm.engine.restricted import COMMON, RestrictedCommon, read_common, read_index
 from megamm.errors import InputError
@@ -51,7 +52,7 @@ class PlannedFile:
     """
 
     path: Path
-    items: list[tuple[WriteItem, torch.Tensor | io.BytesIO]]
+    items: list[tuple[WriteItem, HeldTensor | io.BytesIO]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class ShardedSave:
     Args:
         state: changed on the way.
         directory: does not have to exist before the files are written.
-        copies: where to put copies of all tensors, because training will change them before they are
-            written; None: the tensors stay as they are until then.
+        copies: where to put copies of tensors that lie on a device.
         validate: check first that the ranks' shards make up whole tensors.
     Attributes:
         files: of this rank, to be written.
@@ -83,7 +83,7 @@ class ShardedSave:
     """
 
     def __init__(
-        self, state: dict[str, Any], directory: Path, copies: HostCopies | None, validate: bool = True
+        self, state: dict[str, Any], directory: Path, copies: HostCopies, validate: bool = True
     ) -> None:
         self.directory = directory
         sharded, self.common = save_preprocess(state, validate)
@@ -133,34 +133,27 @@ def write_common(common: dict[str, Any], content_metadata: dict[str, Any], direc
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
-class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next: fresh pages cost several
-    times more than copying into old ones."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, torch.Tensor] = {}
-
-    def copy(self, key: Any, tensor: torch.Tensor) -> torch.Tensor:
-        """Start a copy, which replaces the last one of the same key."""
-        kept = self._kept.get(key)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._kept[key] = kept
-        return kept.copy_(tensor, non_blocking=True)
-
-
-def _on_host(item: WriteItem, value: Any, copies: HostCopies | None) -> Any:
+def _on_host(item: WriteItem, value: Any, copies: HostCopies) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
-    return copies.copy(item.index, value) if copies else value.to("cpu", non_blocking=True)
+    if value.is_cuda:
+        return HeldTensor(item.index, copies.copy(item.index, value), is_secure=True)
+    return HeldTensor(item.index, value)
 
 
 class FileWriter:
-    """Threads that write and hash this rank's files."""
+    """Threads that write and hash this rank's files.
 
-    def __init__(self, files: list[PlannedFile]) -> None:
+    Args:
+        files: of what training changes.
+        constant: of what it does not.
+    """
+
+    def __init__(self, files: list[PlannedFile], constant: list[PlannedFile]) -> None:
         self._cancelled = Event()
+        self._changing = files
+        files = [*files, *constant]
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
         self._futures: list[Future[WrittenFile]] = [pool.submit(self._write, file) for file in files]
         pool.shutdown(wait=False)  # the threads end with the last file
@@ -179,6 +172,14 @@ class FileWriter:
         """The files; waits for them, and raises what stopped one."""
         return [future.result() for future in self._futures]
 
+    def secure(self, copies: HostCopies) -> None:
+        """Copy what is not written yet, because training is about to change it."""
+        for file in self._changing:
+            for _, value in [*file.items]:
+                if isinstance(value, HeldTensor):
+                    value.secure(copies)
+        self._changing = []
+
     def cancel(self) -> None:
         """End the threads at their next tensor, and wait for that; the files are then worth nothing."""
         self._cancelled.set()
@@ -191,24 +192,25 @@ class FileWriter:
             while file.items:
                 if self._cancelled.is_set():
                     raise CancelledError
-                item, value = file.items.pop(0)  # its memory is free once it is written
+                item, value = file.items[0]
                 results.append(_write_value(stream, item, value, file.path.name))
+                del file.items[0]  # its memory is free now
             stream.sync()
             return WrittenFile(file.path, results, stream.entry())
 
 
-def _write_value(stream: HashedFile, item: WriteItem, value: Any, key: str) -> WriteResult:
+def _write_value(
+    stream: HashedFile, item: WriteItem, value: HeldTensor | io.BytesIO, key: str
+) -> WriteResult:
     begin = stream.size
-    if type(value) is torch.Tensor and value.layout is torch.strided:
-        before, after = archive_around(value.dtype, tuple(value.shape))
+    if isinstance(value, HeldTensor):
+        before, after = archive_around(value.dtype, value.shape)
         stream.write(before)
-        for block in blocks(value):
+        for block in value.blocks():
             stream.write(block)
         stream.write(after)
-    elif isinstance(value, io.BytesIO):
-        stream.write(value.getbuffer())
     else:
-        torch.save(value, stream)  # type: ignore[arg-type]
+        stream.write(value.getbuffer())
     length = stream.size - begin
     return WriteResult(item.index, length, _StorageInfo(key, begin, length))
 

@@ -62,8 +62,7 @@ class Decoding:
 
     def generator(self, prompt: Sequence[int]) -> torch.Generator:
         """What the answer to a prompt is drawn with."""
-        number = zlib.crc32(array("q", prompt).tobytes())
-        return torch.Generator().manual_seed((self.seed << 32) + number)
+        return torch.Generator().manual_seed(zlib.crc32(array("q", [self.seed, *prompt]).tobytes()))
 
 
 def penalized(

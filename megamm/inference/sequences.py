@@ -130,20 +130,26 @@ class _Part:
             batch.images = batch.images[:0]
         self._batch = batch.to(groups.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=groups.device)
-        window = model.language.sliding_window
+        window = network.config.window_size[0] if network.config.window_size else None
         capacity = ids.shape[1] + room
         self._cache = DecodingCache(lengths, capacity, self._batch.images_per_sample, window)
         self.num_rows = len(prompts)
 
     def start(self) -> torch.Tensor:
         """[R, V / tp] logits behind the prompts (on earlier stages: room for them, unset)."""
-        network = self._network
-        extra_rows = 0
-        if isinstance(network, CrossAttentionModel) and self._groups.pp_size > 1:
-            network.fixed_num_images = max(1, int(self._batch.images_per_sample.max()))
-            extra_rows = network.pipeline_rows()
-        positions = self._batch.input_ids.shape[1] + extra_rows
-        return self._pass(positions, lambda: network(self._batch, return_logits=True))
+        network, positions = self._network, self._batch.input_ids.shape[1]
+
+        def run() -> torch.Tensor:
+            return network(self._batch, return_logits=True)
+
+        if not isinstance(network, CrossAttentionModel) or self._groups.pp_size == 1:
+            return self._pass(positions, run)
+        in_training = network.fixed_num_images
+        network.fixed_num_images = max(1, int(self._batch.images_per_sample.max()))
+        try:
+            return self._pass(positions + network.pipeline_rows(), run)
+        finally:
+            network.fixed_num_images = in_training
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """As search.Scorer, within the part."""

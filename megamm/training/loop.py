@@ -302,6 +302,7 @@ def train_step(
         agreed = watchers.stop_requests.agreed(policy.objection(loss, grad_norm, group))
         return agreed[1] == Objection.NONE
 
+    session.checkpoints.before_update()
     grad_norm = update(session.optimizer, session.recipe.optimizer.clip_grad, approve)
     # 4. the next learning rate
     session.schedule.step(1)

@@ -58,7 +58,11 @@ OPTIONS = {
     "parity": [
         *["RECIPE", "--a.b=c", "--debug", "--full-size", "--json", "--layouts", "--timeout", "--tolerance"],
     ],
-    "generate": ["--checkpoint", "--debug", "--image", "--max-new-tokens", "--prompt"],
+    "generate": [
+        *["--beams", "--checkpoint", "--debug", "--image", "--length-penalty", "--max-new-tokens"],
+        *["--pipeline", "--prompt", "--repetition-penalty", "--sample", "--seed", "--stop", "--temperature"],
+        *["--tensor", "--top-p"],
+    ],
     "chat": [
         *["--checkpoint", "--debug", "--host", "--image", "--max-new-tokens", "--port", "--seed", "--system"],
         *["--temperature", "--top-p", "--web"],

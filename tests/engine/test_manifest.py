@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -78,7 +79,7 @@ def damage(kind: str, path: Path) -> None:
         ("missing", "missing"),
         ("truncated", "bytes instead of"),
         ("longer", "bytes instead of"),
-        ("flipped", "sha256 differs"),
+        ("flipped", "xxh3_128 differs"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, kind: str, phrase: str, good: Path, tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_any_altered_byte_of_a_file_is_found(data: st.DataObject, flip: int, goo
     content[data.draw(st.integers(0, len(content) - 1))] ^= flip
     try:
         path.write_bytes(content)
-        with pytest.raises(InputError, match="sha256 differs"):
+        with pytest.raises(InputError, match="xxh3_128 differs"):
             manifests.verify(good)
     finally:
         path.write_bytes(CONTENT[name])
@@ -180,7 +181,7 @@ def test_the_same_content_in_other_words_is_found(change: Any, good: Path, tmp_p
         ("more", 1, "not a readable manifest"),
         ("files", {"a": 1}, "not a readable manifest"),
         ("files", {"a": {"size": 1}}, "not a readable manifest"),
-        ("files", {"a": {"size": -1, "sha256": ""}}, "not a readable manifest"),
+        ("files", {"a": {"size": -1, "xxh3_128": ""}}, "not a readable manifest"),
         *(
             ("files", {path: {"size": 1, "sha256": ""}}, "names a file outside of the checkpoint")
             for path in ("../x", "/etc/passwd", "a/../../x", "..", ".", "", "a//b", "./a", "a/", "a\0b")
@@ -243,10 +244,26 @@ def test_no_manifest_means_never_completed(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(good: Path, tmp_path: Path) -> None:
-    newer = replace(manifests.read_manifest(good), format_version=2)
+    newer = replace(manifests.read_manifest(good), format_version=3)
     (tmp_path / MANIFEST).write_text(newer.to_json())
-    with pytest.raises(InputError, match="format version 2, this megamm reads 1"):
+    with pytest.raises(InputError, match="format version 3, this megamm reads up to 2"):
         manifests.read_manifest(tmp_path)
+
+
+def test_checkpoints_with_the_first_format_are_verified(good: Path, tmp_path: Path) -> None:
+    """Which has SHA-256 as hashes."""
+    copy = Path(shutil.copytree(good, tmp_path / "copy"))
+    files = {name: manifests.hash_file(copy / name, "sha256") for name in manifests.files_below(copy)}
+    older = replace(manifests.read_manifest(good), format_version=1, files=files)
+    (copy / MANIFEST).write_text(older.to_json())
+    entry = json.loads((copy / MANIFEST).read_text())["files"]["recipe.yaml"]
+    assert entry["sha256"] == hashlib.sha256((copy / "recipe.yaml").read_bytes()).hexdigest()
+    assert manifests.verify(copy) == older
+    data = bytearray((copy / "recipe.yaml").read_bytes())
+    data[3] ^= 1
+    (copy / "recipe.yaml").write_bytes(data)
+    with pytest.raises(InputError, match=r"recipe.yaml: content changed .* \(sha256 differs\)"):
+        manifests.verify(copy)
 
 
 # --- committing -----------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Greedy answers."""
+"""From conversations and pictures to the text of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from megamm.data.templates import Turn
 from megamm.data.tokenizer import Tokenizer
 from megamm.errors import InputError
-from megamm.inference import Model
+from megamm.inference import Decoding, Model
+from tests.inference.conftest import NUM_UNKNOWN, VOCAB_SIZE
 
 TEXTS = ("<image>\nwhat is shown?", "describe a red circle", "<image><image>\ncat or dog?")
 
@@ -41,7 +41,6 @@ def test_answers_follow_the_logits(model: Model, tokenizer: Tokenizer) -> None:
         sequence.append(int(model.logits(torch.tensor([sequence]))[0, -1].argmax()))
     wanted = sequence[len(prompt) :]
     assert tokenizer.eos_id not in wanted
-    assert model._asking().greedy([prompt], model._next_logits(None), 5) == [wanted]
     assert model.generate([[Turn("user", TEXTS[1])]], [[]], max_new_tokens=5) == [
         tokenizer.decode(wanted).strip()
     ]
@@ -53,52 +52,6 @@ def test_earlier_turns_are_part_of_the_prompt(model: Model, pictures: list[Path]
     assert model._asking().prompt(history).count(image_id) == 2 * span
     (answer,) = model.generate([history], [pictures], max_new_tokens=4)
     assert answer != model.generate([history[:1]], [pictures[:1]], max_new_tokens=4)[0]
-
-
-class Scripted:
-    """Logits that say given tokens, one list for each row, counted from the end of its prompt."""
-
-    def __init__(self, model: Model, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        self.vocab_size = model.recipe.model.language.vocab_size
-        self.starts, self.answers = [len(prompt) for prompt in prompts], answers
-        self.num_calls = 0
-
-    def __call__(self, input_ids: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
-        self.num_calls += 1
-        logits = torch.zeros(*input_ids.shape, self.vocab_size)
-        for row, (start, answer) in enumerate(zip(self.starts, self.answers, strict=True)):
-            for offset, token in enumerate(answer):
-                if start - 1 + offset < input_ids.shape[1]:
-                    logits[row, start - 1 + offset, token] = 1.0
-        return logits
-
-
-@pytest.fixture
-def scripted(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
-    def replace_logits(prompts: list[list[int]], answers: list[list[int]]) -> Scripted:
-        script = Scripted(model, prompts, answers)
-        monkeypatch.setattr(model, "logits", script)
-        return script
-
-    return replace_logits
-
-
-def test_each_row_stops_at_its_stop_token(
-    model: Model, tokenizer: Tokenizer, scripted: Callable[..., Scripted]
-) -> None:
-    prompts = [[1, 300, 301], [1, 302, 303, 304, 305], [1]]
-    eos = tokenizer.eos_id
-    script = scripted(prompts, [[310, 311, eos, 312, 313], [eos], [320, 321, 322, eos]])
-    assert model._asking().greedy(prompts, model._next_logits(None), 50) == [[310, 311], [], [320, 321, 322]]
-    assert script.num_calls == 4  # nothing is computed after the last row has stopped
-    assert [len(prompt) for prompt in prompts] == [3, 5, 1]  # the caller's lists are its own
-
-
-def test_at_most_max_new_tokens(model: Model, scripted: Callable[..., Scripted]) -> None:
-    script = scripted([[1, 300]], [[310] * 20])
-    for limit in (1, 3):
-        assert model._asking().greedy([[1, 300]], model._next_logits(None), limit) == [[310] * limit]
-    assert script.num_calls == 4
 
 
 def test_nothing_to_answer(model: Model) -> None:
@@ -140,20 +93,43 @@ def test_bad_pictures_are_named(model: Model, tmp_path: Path) -> None:
         model.generate([question], [[tmp_path / "missing.png"]])
 
 
-@pytest.mark.parametrize("kind", ["image", "unknown"])
-def test_only_text_is_generated(
-    kind: str, model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_in_a_file_is_a_picture_too(model: Model, pictures: list[Path]) -> None:
+    question = [Turn("user", TEXTS[0])]
+    (wanted,) = model.generate([question], [pictures[:1]], max_new_tokens=4)
+    assert model.generate([question], [[pictures[0].read_bytes()]], max_new_tokens=4) == [wanted]
+    with pytest.raises(InputError, match=r"the picture: .*give another image"):
+        model.generate([question], [[b"no picture"]])
+
+
+def test_raw_prompts_stand_as_they_are(model: Model, tokenizer: Tokenizer, pictures: list[Path]) -> None:
+    """The template's text, given as it is, has the template's answer."""
+    text = model.template.prompt_text([Turn("user", TEXTS[0])])
+    asking = model._asking()
+    assert asking.raw_prompt(text) == asking.prompt([Turn("user", TEXTS[0])])
+    decoding = Decoding(max_new_tokens=5)
+    (wanted,) = model.generate([[Turn("user", TEXTS[0])]], [pictures[:1]], decoding=decoding)
+    assert model.complete([text], [pictures[:1]], decoding) == [wanted]
+    with pytest.raises(InputError, match="conversation 0: 1 <image> placeholders, but 2 pictures"):
+        model.complete([text], [pictures], decoding)
+
+
+def test_a_listener_hears_the_answer_grow(model: Model, pictures: list[Path]) -> None:
+    heard: dict[int, list[str]] = {}
+    conversations = [[Turn("user", text)] for text in TEXTS]
+    answers = model.generate(
+        conversations,
+        [pictures[:1], [], pictures],
+        max_new_tokens=6,
+        listener=lambda row, text: heard.setdefault(row, []).append(text),
+    )
+    for row, answer in enumerate(answers):
+        assert heard[row][-1] == answer and len(heard[row]) > 1
+        assert all(answer.startswith(part.rstrip("\ufffd")) for part in heard[row])
+
+
+def test_only_text_is_generated(model: Model, tokenizer: Tokenizer) -> None:
     """An image placeholder without an image, or an id that the tokenizer does not have, is no answer."""
-    token = {"image": tokenizer.image_id, "unknown": tokenizer.vocab_size + 3}[kind]
-    real = model.logits
-
-    def tempting(input_ids: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
-        logits = real(input_ids, images)
-        logits[..., token] = 1e9
-        return logits
-
-    monkeypatch.setattr(model, "logits", tempting)
-    wanted = model.tokenizer.decode([int(real(torch.tensor([[1, 300]]))[0, -1].argmax())])
-    (answer,) = model._asking().greedy([[1, 300]], model._next_logits(None), 1)
-    assert model.tokenizer.decode(answer) == wanted
+    words = model._asking().words
+    scores = words.silence(torch.zeros(1, VOCAB_SIZE + NUM_UNKNOWN))
+    said = torch.isfinite(scores[0]).nonzero().flatten().tolist()
+    assert said == [token for token in range(tokenizer.vocab_size) if token != tokenizer.image_id]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamm.engine.groups import Groups
 from megamm.layers import cross_attention, media_segments
-from megamm.layers.cross_attention import GatedCrossAttention
+from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
 from megamm.layers.media_segments import MediaSegments, attend_to_segments
 from tests.dist.tiny import tiny_recipe
 from tests.one_process import build
@@ -54,7 +54,7 @@ def run_block(block: GatedCrossAttention, seen: MediaSegments) -> dict[str, torc
     sizes = (num_positions, batch, HIDDEN), (seen.num_images * seen.num_latents, batch, WIDTH)
     x, media = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
     block.zero_grad()
-    out = block(x, media, seen)
+    out = block(x, media, MediaMask(seen))
     loss = (out * torch.randn_like(out)).sum()
     loss.backward()
     found = {"loss": loss.detach(), "out": out.detach(), "x": x.grad, "media": media.grad}

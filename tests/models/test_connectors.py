@@ -15,7 +15,7 @@ from megamm.config import ConnectorConfig, CrossAttentionConfig, Recipe
 from megamm.engine.groups import Groups
 from megamm.engine.transformer_config import decoder_config
 from megamm.layers.backend import backend_by_name
-from megamm.layers.cross_attention import GatedCrossAttention
+from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
 from megamm.models.projector import MLPProjector
 from megamm.models.qformer import QFormer
 from megamm.models.resampler import PerceiverResampler
@@ -119,7 +119,7 @@ def test_gated_block(recipe: Recipe, layout: Groups) -> None:
     x, media = torch.randn(7, 2, HIDDEN), torch.randn(6, 2, WIDTH)
     seen = segments([[0, 0, 0, 1, 1, 3, 3], [1, 1, 2, 0, 0, 3, 0]], num_images=3, num_latents=2)
     mask = dense_mask(seen)
-    found = block(x, media, seen)
+    found = block(x, media, MediaMask(seen))
     wanted = []
     for sample in range(2):
         rows, allowed = x[:, sample].double(), mask[sample, 0].double()
@@ -143,13 +143,13 @@ def test_gradients_of_a_position_without_media_are_finite(recipe: Recipe, layout
     scramble(block)
     x = torch.randn(4, 1, HIDDEN, requires_grad=True)
     media = torch.randn(6, 1, WIDTH, requires_grad=True)
-    block(x, media, segments([[0, 0, 0, 0]], 6, 1)).sum().backward()
+    block(x, media, MediaMask(segments([[0, 0, 0, 0]], 6, 1))).sum().backward()
     assert media.grad is not None and media.grad.abs().max() == 0
     assert x.grad is not None and x.grad.isfinite().all()
     for name, parameter in block.named_parameters():
         if name.startswith("attention.") or name == "attention_gate":
             assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
-    block(x, media, segments([[0, 0, 0, 3]], 6, 1)).sum().backward()
+    block(x, media, MediaMask(segments([[0, 0, 0, 3]], 6, 1))).sum().backward()
     assert media.grad[2].abs().max() > 0 and media.grad[[0, 1, 3, 4, 5]].abs().max() == 0
 
 
@@ -167,7 +167,7 @@ def test_text_only_samples_skip_the_block(recipe: Recipe, layout: Groups) -> Non
     x, media = torch.randn(4, 3, HIDDEN), torch.randn(6, 3, WIDTH)
     # in every position; no image at all; none before position 2
     seen = segments([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]], 1, 6)
-    without, found = plain(x, media, seen), skipping(x, media, seen)
+    without, found = plain(x, media, MediaMask(seen)), skipping(x, media, MediaMask(seen))
     assert torch.equal(found[:, 1], x[:, 1]) and not torch.equal(without[:, 1], x[:, 1])
     assert torch.equal(found[:, [0, 2]], without[:, [0, 2]])
     found[:, 1].sum().backward()
@@ -181,7 +181,7 @@ def test_the_caller_can_say_which_positions_skip_the_block(layout: Groups) -> No
     x, media = torch.randn(4, 1, HIDDEN), torch.randn(6, 1, WIDTH)
     seen = segments([[0, 1, 0, 0]], 1, 6)
     keep = torch.tensor([True, True, False, False])[:, None, None]
-    found, everywhere = block(x, media, seen, keep), block(x, media, seen)
+    found, everywhere = block(x, media, MediaMask(seen, keep)), block(x, media, MediaMask(seen))
     assert torch.equal(found[2:], x[2:]) and torch.equal(found[:2], everywhere[:2])
     assert not torch.equal(everywhere[2:], x[2:])
 

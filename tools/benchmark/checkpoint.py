@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.filesystem import (
 from megamm.engine import groups, hashed_file, loading, sharded_files
 from megamm.engine import manifest as manifests
 from megamm.engine.checkpoint import Checkpoints, Progress
+from megamm.engine.held_tensors import HeldTensor
 from megamm.engine.manifest import FileEntry, list_checkpoints
 from megamm.engine.optimizer import build_optimizer, wrap_data_parallel
 from megamm.engine.restricted import RestrictedReader
@@ -63,7 +63,7 @@ VISION = {
     "mlp_width": 128,
 }
 ASYNC = "save asynchronously"
-POLL_EVERY = 0.2  # seconds: a short step of training
+STEP = 2.0  # seconds that training goes on for until its next update: short for a model of this size
 
 
 class _NoHash:
@@ -78,8 +78,8 @@ class _NoHash:
 def without_hashes() -> Iterator[None]:
     """Nothing is hashed, and no manifest written or read; the rest is the same."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(hashed_file, "hashlib", SimpleNamespace(sha256=_NoHash)))
-        entry = lambda path: FileEntry(path.stat().st_size, "")  # noqa: E731
+        stack.enter_context(mock.patch.object(hashed_file, "xxh3_128", _NoHash))
+        entry = lambda path, algorithm="": FileEntry(path.stat().st_size, "")  # noqa: E731
         stack.enter_context(mock.patch.object(manifests, "hash_file", entry))
         stack.enter_context(mock.patch.object(loading.manifests, "find_damage", lambda *args: []))
         yield
@@ -120,21 +120,23 @@ class Run:
         )
 
     def save(self, step: int) -> float:
-        """Seconds that training stands still; it goes on for as long as files are written."""
+        """Seconds that training stands still, in a save and before the update of the steps that follow it."""
         self.checkpoints.wait()  # until the one before last is deleted: steps lie between two saves
         dist.barrier()
         started = time.perf_counter()
         self.checkpoints.save(Progress(step, step))
         standing = time.perf_counter() - started
         while self.checkpoints._pending is not None:
-            time.sleep(POLL_EVERY)
+            time.sleep(STEP)
             started = time.perf_counter()
+            self.checkpoints.before_update()
             self.checkpoints.poll()
             standing += time.perf_counter() - started
         return standing
 
     def load(self, cold: bool) -> float:
         """Seconds of a load."""
+        self.checkpoints.wait()
         if cold:
             forget(self.checkpoints.directory)
         dist.barrier()
@@ -206,6 +208,7 @@ def _as_torch(work: Callable[[Any], float], argument: Any) -> float:
 
 def _write_by_torch(stream: Any, item: Any, value: Any, key: str) -> Any:
     transforms = _StorageWriterTransforms()
+    value = value._tensor if isinstance(value, HeldTensor) else value
     if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() != value.nbytes:
         value = value.clone()
     return _write_item(transforms, stream, value, item, key, SerializationFormat.TORCH_SAVE)
