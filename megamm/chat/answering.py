@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,7 +113,9 @@ class Answerer:
         with self._lock:
             return self._model.generate([question.turns], [question.pictures], None, decoding, tell)[0]
 
-    def stream(self, question: Question, decoding: Decoding, stop: threading.Event) -> Iterator[str]:
+    def stream(
+        self, question: Question, decoding: Decoding, stop: threading.Event
+    ) -> Generator[str, None, None]:
         """The answer so far, as often as it has grown, and last the whole answer, or as much of it as there
         was when `stop` was set (which closing this iterator does).
 

@@ -14,6 +14,7 @@ from megamm.data.templates import Template, Turn
 from megamm.errors import InputError
 from megamm.inference.asking import Asking, Picture, evaluation_loader, load_pictures, padded
 from megamm.inference.model import Model
+from megamm.inference.questions import words
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def likelihoods(
     Args:
         conversations: turns that end with a question, with `<image>` where a picture stands.
         images: the pictures of each conversation, in the order of their placeholders.
-        answers: one for each conversation. Spaces in front are those of the template.
+        answers: words, one for each conversation. Spaces in front are those of the template.
     Raises:
         InputError: a picture is unreadable, placeholders and pictures differ, an answer ends behind the
             model's last position, or the checkpoint has no tokenizer.
@@ -73,7 +74,7 @@ def _ids(asking: Asking, turns: Sequence[Turn], answer: str) -> tuple[list[int],
     """Ids of the prompt, and of the answer behind it."""
     prompt = asking.prompt(turns)
     rendered, _ = _open_ended(asking.template).render(
-        [*turns, Turn("assistant", answer.lstrip())], asking.tokenizer
+        [*turns, Turn("assistant", words(answer.lstrip()))], asking.tokenizer
     )
     whole = asking.with_image_positions(rendered)
     assert whole[: len(prompt)] == prompt, "prompt and answer are encoded apart"
