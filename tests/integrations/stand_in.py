@@ -34,6 +34,14 @@ class ModelManifest:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass
+class GenerationResult:
+    """As lmms_eval.api.instance.GenerationResult."""
+
+    text: Any
+    token_counts: Any = None
+
+
 def simple_parse_args_string(text: str) -> dict[str, Any]:
     """As lmms_eval.utils has it: whole numbers become numbers."""
     pairs = [part.split("=", 1) for part in text.split(",") if part]
@@ -46,6 +54,7 @@ def install() -> None:
         "lmms_eval": {},
         "lmms_eval.api": {},
         "lmms_eval.api.model": {"lmms": lmms},
+        "lmms_eval.api.instance": {"GenerationResult": GenerationResult},
         "lmms_eval.utils": {"simple_parse_args_string": simple_parse_args_string},
         "lmms_eval.models": {},
         "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},

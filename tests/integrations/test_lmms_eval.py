@@ -57,6 +57,15 @@ def requested(*middle: Any, context: str, document: int) -> SimpleNamespace:
     return SimpleNamespace(args=(context, middle[0], show, middle[1], document, TASK, SPLIT))
 
 
+def scored(model: Any, requests: list[Any]) -> list[tuple[float, bool]]:
+    """What the evaluation sees of the answers."""
+    from lmms_eval.api.instance import GenerationResult
+
+    found = model.loglikelihood(requests)
+    assert all(isinstance(one, GenerationResult) for one in found)
+    return [one.text for one in found]
+
+
 def itself(model: Any, texts: Sequence[str], pictures: Sequence[Sequence[Path]], **options: Any) -> list[str]:
     """What the model says without lmms-eval, one question at a time."""
     return [
@@ -154,7 +163,7 @@ def test_log_likelihoods(model: Any, documents: list[Any], pictures: list[Path])
     turns = [Turn("user", f"<image>\n{question}")]
     choices = ["a red circle", word, "cat"]
     asked = [requested(f" {choice}", context=question, document=0) for choice in choices]
-    found = model.loglikelihood(asked)
+    found = scored(model, asked)
     wanted = [by_steps(model, turns, pictures[:1], choice) for choice in choices]
     assert [number for number, _ in found] == pytest.approx([-number for number, _ in wanted], rel=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
@@ -166,17 +175,17 @@ def test_log_likelihoods(model: Any, documents: list[Any], pictures: list[Path])
 
 def test_choices_are_words(model: Any, documents: list[Any]) -> None:
     asked = [requested(text, context="a dog", document=0) for text in ("<image> 0</s>", "< image> 0</s>")]
-    (one, _), (other, _) = model.loglikelihood(asked)
+    (one, _), (other, _) = scored(model, asked)
     assert one == other < float("inf")
 
 
 def test_a_task_that_wants_perplexity_gets_the_log_probability(model: Any, documents: list[Any]) -> None:
     choice = requested("a cat", context=TEXTS[1], document=1)
     target = requested(lambda document: "a cat", context=TEXTS[1], document=1)
-    assert model.loglikelihood([target])[0][0] == pytest.approx(-model.loglikelihood([choice])[0][0])
-    assert model.loglikelihood([target])[0][0] < 0
+    assert scored(model, [target])[0][0] == pytest.approx(-scored(model, [choice])[0][0])
+    assert scored(model, [target])[0][0] < 0
     alone = SimpleNamespace(args=("", "a cat"))  # without context, pictures or document
-    assert model.loglikelihood([alone])[0][0] > 0
+    assert scored(model, [alone])[0][0] > 0
 
 
 def test_what_is_too_long_costs_its_own_answer_only(
@@ -190,8 +199,8 @@ def test_what_is_too_long_costs_its_own_answer_only(
     assert "colours, test, document 1" in caplog.text and "not answered" in caplog.text
     caplog.clear()
     choices = [requested(text, context="a dog", document=1) for text in ("red " * 300, "cat")]
-    impossible, possible = model.loglikelihood(choices)
-    assert impossible == (float("inf"), False) and possible == model.loglikelihood(choices[1:])[0]
+    impossible, possible = scored(model, choices)
+    assert impossible == (float("inf"), False) and possible == scored(model, choices[1:])[0]
     assert "taken as impossible" in caplog.text
 
 

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 
@@ -109,13 +110,14 @@ class Megamm(lmms):
         """The answers of all rounds of each request: the task makes each question from the answers before."""
         return [self._rounds(*request.args) for request in requests]
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
         """Of each request a number for its continuation, and whether greedy decoding gives that.
 
         The number is what lmms-eval 0.7 makes of it: of the choices of a question it takes the one with the
         *lowest* (`Task.process_results` says "we just use the argmin"), so for those it is the negative
         log-probability, in nats, summed over the tokens. For `output_type: loglikelihood`, from which a
-        perplexity is made, it is the log-probability.
+        perplexity is made, it is the log-probability. The pair is wrapped, because the evaluator of 0.7
+        makes a text of a bare one (`unwrap_generation_output`).
         """
         questions, texts, signs = [], [], []
         for context, target, *rest in (request.args for request in requests):
@@ -128,7 +130,8 @@ class Megamm(lmms):
         for start in range(0, len(requests), self.batch_size):
             part = slice(start, start + self.batch_size)
             found += self._likelihoods(questions[part], texts[part])
-        return [(sign * number, greedy) for sign, (number, greedy) in zip(signs, found, strict=True)]
+        pairs = [(sign * number, greedy) for sign, (number, greedy) in zip(signs, found, strict=True)]
+        return [GenerationResult(pair) for pair in pairs]
 
     def _likelihoods(self, questions: Sequence[Asked], texts: Sequence[str]) -> list[tuple[float, bool]]:
         try:
