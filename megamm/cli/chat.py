@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megamm.cli.common import add_command, positive
 from megamm.errors import InputError
+
+_INSTALL = "pip install 'gradio>=6,<7'"
 
 
 def add_parsers(commands: Any) -> None:
@@ -64,8 +66,8 @@ def chat(args: argparse.Namespace) -> int:
     """Run `megamm chat`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("WORLD_SIZE: a chat runs in one process; start it without torchrun or srun")
-    if args.web and find_spec("gradio") is None:
-        raise InputError("--web: gradio is not installed; install it: pip install 'megamm[demo]' (or gradio)")
+    if args.web:
+        _check_gradio()
     for image in args.image:
         if not image.is_file():
             raise InputError(f"{image}: no such file; give a picture")
@@ -92,6 +94,16 @@ def chat(args: argparse.Namespace) -> int:
         return _serve(args, answerer, decoding, name) if args.web else _talk(args, answerer, decoding, name)
     finally:
         groups.shutdown()
+
+
+def _check_gradio() -> None:
+    """Raise InputError if the page cannot be served; importing gradio itself takes seconds."""
+    try:
+        version = metadata.version("gradio")
+    except metadata.PackageNotFoundError:
+        raise InputError(f"--web: gradio is not installed; install it: {_INSTALL}") from None
+    if version.partition(".")[0] != "6":
+        raise InputError(f"--web: gradio {version} is installed, and the page needs 6; {_INSTALL}")
 
 
 def _talk(args: argparse.Namespace, answerer: Any, decoding: Any, name: str) -> int:

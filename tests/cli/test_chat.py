@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from megamm.cli import entry as cli
 from megamm.data.templates import Turn
 from megamm.engine import groups
 from megamm.inference import load
@@ -66,6 +68,56 @@ def test_a_script_gets_answers_on_stdout(checkpoints: dict[str, Path], pictures:
     err = done.stderr.decode()
     assert err.count("\n") == 1 and err.startswith("megamm: none.png: "), err
     assert done.returncode == 2
+
+
+def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said about wrong usage."""
+    assert cli.main(["chat", "--checkpoint", "none", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("megamm: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (None, "--web: gradio is not installed; install it: pip install 'gradio>=6,<7'"),
+        ("3.18.0", "--web: gradio 3.18.0 is installed, and the page needs 6; pip install 'gradio>=6,<7'"),
+    ],
+)
+def test_gradio_has_to_be_there(
+    found: str | None,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert sentence in wrong(["--web"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "none.png"], "none.png: no such file; give a picture"),
+        (["--top-p", "1.5"], "top_p: 1.5; use a number above 0, at most 1"),
+        (["--temperature", "-1"], "temperature: -1.0; use a number above 0"),
+        ([], "none"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in wrong(arguments, capsys)
+
+
+def test_several_processes_cannot_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE: a chat runs in one process" in wrong([], capsys)
 
 
 class Person:
