@@ -182,7 +182,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     heard = entry["conversations"][1]["value"]
     assert wanted.startswith(heard) and 10 <= len(heard) < len(wanted)
     person.type("half a question\x03")
-    person.wait_for("Ctrl-D or /quit leaves")
+    person.wait_for("Ctrl-D or /quit leaves, /help lists the commands\n> ")
     person.type("\x04")
     assert person.process.wait(PATIENCE_S) == 0
     assert "Traceback" not in person.seen
