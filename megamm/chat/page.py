@@ -31,6 +31,7 @@ _POLICY = (
 _STYLE = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 #conversation { min-height: 12rem; }
+#conversation [aria-label=Share] { display: none; }  /* it would upload the picture */
 #problem:empty, #problem:not(:has([role=alert])) { display: none; }
 #problem [role=alert] { border-left: 4px solid #d9480f; padding: .5rem .75rem; background: #d9480f1f; }
 #header { display: flex; align-items: baseline; gap: .75rem; flex-wrap: wrap; }
@@ -256,7 +257,10 @@ def served(page: Any, host: str, port: int, picture_mb: int) -> Iterator[str]:
             css=_STYLE,
         )
     except OSError as error:
-        raise InputError(f"--port {port}: cannot listen at {host} ({error}); choose another") from None
+        reason = (
+            f" ({error.strerror})" if error.strerror else ", which is in use or no address of this machine"
+        )
+        raise InputError(f"--port {port}: cannot listen at {host}{reason}; choose another") from None
     try:
         yield address
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import html
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -131,7 +132,7 @@ def serve(
     host: str,
     port: int,
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
         InputError: the address cannot be listened at.
@@ -146,5 +147,7 @@ def serve(
         page = build(Chat(answerer, decoding), texts, decoding, pictures, Path(uploads))
         with served(page, host, port, PICTURE_MB) as address:
             print(f"{name} answers at {address} (Ctrl-C ends)", flush=True)
+            ended = threading.Event()
+            signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
             with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
+                ended.wait()

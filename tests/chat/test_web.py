@@ -139,6 +139,8 @@ def test_ask_stop_and_clear(model: Model, open_page: Callable[..., Page], pictur
     assert len(growing) > 3 and all(squeezed(wanted).startswith(text) for text in growing)
     assert squeezed(visitor.bubbles("bot")[-1]) == squeezed(wanted)
     assert visitor.bubbles("user")[-1].strip() == QUESTION, "tags are words"
+    share = visitor.page.locator("#conversation [aria-label=Share]")
+    assert not any(share.nth(number).is_visible() for number in range(share.count()))
     assert visitor.page.locator("#conversation [data-testid=user] img").count() == 1
 
     second = [*first, Turn("assistant", wanted), Turn("user", "a dog?")]
@@ -203,6 +205,7 @@ def test_troubles_are_sentences_on_the_page(
     alert = visitor.page.wait_for_selector("#problem [role=alert]")
     assert "positions, and the model has 256; ask for less" in alert.inner_text()
     assert visitor.page.input_value("#question textarea").strip() == long.strip(), "it can be corrected"
+    assert visitor.page.locator("#question .thumbnails img").count() == 1
     visitor.page.click("#clear")
     visitor.page.wait_for_selector("#problem [role=alert]", state="detached")
     broken = tmp_path / "broken.png"
