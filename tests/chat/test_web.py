@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from megamm.chat.answering import Answerer
 from megamm.chat.conversation import Conversation
@@ -216,6 +217,10 @@ def test_troubles_are_sentences_on_the_page(
     visitor.page.press("#question textarea", "Enter")
     alert = visitor.page.wait_for_selector("#problem [role=alert]")
     assert "broken.png: " in alert.inner_text() and "give another image" in alert.inner_text()
+    large = tmp_path / "large.bmp"
+    Image.new("RGB", (700, 700)).save(large)
+    visitor.page.set_input_files("#question input[type=file]", str(large))
+    visitor.page.wait_for_selector("text=exceed the maximum allowed size")
     assert visitor.bubbles("bot") == []
 
 
