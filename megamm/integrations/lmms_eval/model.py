@@ -31,7 +31,7 @@ log = logging.getLogger("megamm")
 class Megamm(lmms):
     """A checkpoint that answers the requests of lmms-eval.
 
-    Several processes (torchrun, `accelerate launch`) are as many copies of the model, of which each answers
+    Several processes (of torchrun) are as many copies of the model, of which each answers
     its share of the documents; a model is not divided over processes here.
     """
 
