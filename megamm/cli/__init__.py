@@ -10,6 +10,7 @@ tokenizer.py  prepare tokenizer
 weights.py    convert import, convert export, verify
 answers.py    generate, evaluate
 score.py      score
+chat.py       chat
 doctor.py     doctor
 
 Importing this package imports nothing heavy: every command imports what it runs when it runs.

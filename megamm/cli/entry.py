@@ -15,6 +15,7 @@ from typing import NoReturn
 from megamm import __version__
 from megamm.cli import (
     answers,
+    chat,
     data,
     doctor,
     evaluate,
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         parity,
         answers,
+        chat,
         evaluate,
         score,
     )

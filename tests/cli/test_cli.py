@@ -63,6 +63,10 @@ OPTIONS = {
         *["--pipeline", "--prompt", "--repetition-penalty", "--sample", "--seed", "--stop", "--temperature"],
         *["--tensor", "--top-p"],
     ],
+    "chat": [
+        *["--checkpoint", "--debug", "--host", "--image", "--max-new-tokens", "--port", "--seed", "--system"],
+        *["--temperature", "--top-p", "--web"],
+    ],
     "evaluate": [
         *["RECIPE", "--a.b=c", "--batch-size", "--beams", "--checkpoint", "--data", "--debug"],
         *["--demonstrations", "--images", "--json", "--length-penalty", "--limit", "--max-new-tokens"],

@@ -106,6 +106,10 @@ COMMANDS: dict[str, Words] = {
         *("generate", "--checkpoint", (g.run, "directory"), "--image", (g.picture, "file")),
         *("--prompt", "What?", "--max-new-tokens", "1"),
     ],
+    "chat": lambda g: [
+        *("chat", "--checkpoint", (g.run, "directory"), "--image", (g.picture, "file")),
+        *("--max-new-tokens", "1"),
+    ],
     "evaluate": lambda g: [
         *("evaluate", (g.recipe, "file"), "--checkpoint", (g.run, "directory"), "--task", "exact_match"),
         *("--data", (g.source, "file"), "--images", (g.images, "directory")),

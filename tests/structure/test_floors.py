@@ -20,7 +20,7 @@ FLOORS = [
     {"layers"},
     {"models", "data"},
     {"convert", "planning", "inference"},
-    {"training", "evaluation", "parity"},
+    {"training", "evaluation", "parity", "chat", "integrations"},
     {"report"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""megamm inside other tools, which find it by entry points (pyproject.toml)."""

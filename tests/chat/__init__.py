@@ -1,0 +1,1 @@
+"""Tests of conversations in the terminal and in the browser."""
