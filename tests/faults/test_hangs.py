@@ -179,7 +179,8 @@ def test_a_stopped_rank_is_named_and_all_end(rank: int, layout: str, tmp_path: P
     assert time.monotonic() - since < 45
     assert codes[1 - rank] == RankLost.exit_code and codes[rank] in (-signal.SIGKILL, RankLost.exit_code)
     sentence = assert_named(tmp_path / "run", tmp_path / "log", rank)
-    assert "samples " in sentence or rank == 0
+    # (a rank that has only begun a step does not know its samples yet)
+    assert "samples " in sentence or rank == 0 or ", in data of step " in sentence
     assert run(recipe, tmp_path / "log", "--training.steps=4", layout, processes=2) in (0, 2)
 
 
