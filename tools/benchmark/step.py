@@ -105,8 +105,7 @@ def measure(args: argparse.Namespace) -> Result:
     if FROZEN in args.cases:
         import frozen_parts
 
-        result.tables += frozen_parts.tables(args.rounds)
-        print("\n".join(table.markdown() for table in result.tables[-2:]))
+        result.tables.append(frozen_parts.table_of(frozen_parts.one_process(args.rounds)))
     return result
 
 
