@@ -26,9 +26,7 @@ Value = TypeVar("Value")
 # --- turns ------------------------------------------------------------------------------------------------
 
 
-def turns(
-    sides: Mapping[str, Callable[[], Value]], rounds: int, warm_up: int = 1
-) -> dict[str, list[Value]]:
+def turns(sides: Mapping[str, Callable[[], Value]], rounds: int, warm_up: int = 1) -> dict[str, list[Value]]:
     """What each side returns, round by round: all in turn, every second round in the other order. The first
     `warm_up` rounds do not count."""
     found: dict[str, list[Value]] = {name: [] for name in sides}

@@ -93,7 +93,13 @@ class Growth:
         """A row of the table whose columns are COLUMNS."""
         points = ", ".join(f"{short(x)}: {short(y)}" for x, y in zip(self.xs, self.ys, strict=True))
         verdict = "as expected" if self.is_as_expected else "not as expected"
-        return [f"{self.of} over {self.over}", f"{points} {self.unit}", str(self.fit), self.expectation, verdict]
+        return [
+            f"{self.of} over {self.over}",
+            f"{points} {self.unit}",
+            str(self.fit),
+            self.expectation,
+            verdict,
+        ]
 
     def picture(self) -> str:
         """Points and the fitted line, both axes logarithmic, as SVG."""

@@ -2,8 +2,8 @@
 megamm's Flamingo-style model is measured against.
 
 Weights have megamm's names and shapes (one tensor-parallel rank), so that both sides start from the same.
-Shapes: B samples, S positions, N images, T images of a sample at most, L latents, H hidden size, W media width.
-"""
+Shapes: B samples, S positions, N images, T images of a sample at most, L latents, H hidden size, W media
+width."""
 
 from __future__ import annotations
 

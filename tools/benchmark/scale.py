@@ -4,14 +4,15 @@
     python tools/benchmark/scale.py --out FOLDER [--only layers "hidden size" datasets prepare] [--rounds 3]
                                     [--quick] [--threads 2] [--json FILE]
 
-One size grows and the rest stays as it is: layers, hidden size, positions of a row, images of a sample (whose row
-grows along with them), micro-batches. Time is the median of a step (forward, backward, update); memory is what comes and
-goes with a step and, where it grows, what weights, gradients and optimizer state hold between steps. Every point is a
-process of its own, and every second round goes from large to small. Datasets have 1e3 to 1e6 samples, written by the project's own writer; reading is
-random, verified, from the page cache. `megamm prepare` runs with one worker.
+One size grows and the rest stays as it is: layers, hidden size, positions of a row, images of a sample
+(whose row grows along with them), micro-batches. Time is the median of a step (forward, backward, update);
+memory is what comes and goes with a step and, where it grows, what weights, gradients and optimizer state
+hold between steps. Every point is a process of its own, and every second round goes from large to small.
+Datasets have 1e3 to 1e6 samples, written by the project's own writer; reading is random, verified, from the
+page cache. `megamm prepare` runs with one worker.
 
-The exponent is that of a least-squares line through the logarithms, with its standard error. What does not depend on
-the size that grows makes it smaller, above all at small sizes. --out gets an SVG picture of each.
+The exponent is that of a least-squares line through the logarithms, with its standard error. What does not
+depend on the size that grows makes it smaller, above all at small sizes. --out gets an SVG picture of each.
 """
 
 from __future__ import annotations

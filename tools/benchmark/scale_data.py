@@ -1,4 +1,5 @@
-"""Datasets of many sizes, written by the project's writer and read at random, and the memory of `megamm prepare`."""
+"""Datasets of many sizes, written by the project's writer and read at random, and the memory of `megamm
+prepare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Time and memory of a step as one size grows: each measurement is a fork of a process that trained nothing."""
+"""Time and memory of a step as one size grows: each measurement is a fork of a process that trained
+nothing."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ SHORT = Shape(layers=2, hidden=128, length=SPAN + 8, rows=8)  # so that images a
 SWEEPS = {
     "layers": Sweep("layers", [2, 4, 8, 16], LINEAR, (0.5, 1.0), (0.7, 1.0)),
     "hidden size": Sweep("hidden", [128, 256, 512, 1024], UP_TO_SQUARE, (0.5, 2.0), UP_TO_SQUARE),
-    "positions of a row": Sweep("length", [256, 512, 1024, 2048], UP_TO_SQUARE, UP_TO_SQUARE, None, Shape(rows=1)),
+    "positions of a row": Sweep(
+        "length", [512, 1024, 2048, 4096], UP_TO_SQUARE, UP_TO_SQUARE, None, Shape(rows=1)
+    ),
     "images of a sample": Sweep("images", [1, 2, 4, 8], LINEAR, LINEAR, None, SHORT),
     "micro-batches": Sweep("micro_batches", [1, 2, 4, 8], LINEAR, NONE),
 }
@@ -119,7 +122,9 @@ def batches_of(shape: Shape) -> list[Batch]:
         ids = draw.integers(IMAGE_ID + 1, shape.vocab, (shape.rows, count))
         ids[:, : shape.images] = IMAGE_ID
         samples = [(row, row != IMAGE_ID) for row in ids]
-        found.append(batch_of(samples, SPAN, pixels_of(samples, EYES["image_size"]), EYES["image_size"], None))
+        found.append(
+            batch_of(samples, SPAN, pixels_of(samples, EYES["image_size"]), EYES["image_size"], None)
+        )
     return found
 
 

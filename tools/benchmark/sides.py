@@ -40,16 +40,20 @@ class Ours:
     """A model of megamm with its optimizer.
 
     Args:
-        draw: (name, whole shape) -> the weights.
+        draw: (name, whole shape) -> the weights; None: some, drawn on the device, where drawing them in order
+            on a CPU would take longer than training.
         backend: "local" or "te".
     """
 
     def __init__(
-        self, recipe: Recipe, layout: Groups, draw: Draw, image_id: int, backend: str = "local"
+        self, recipe: Recipe, layout: Groups, draw: Draw | None, image_id: int, backend: str = "local"
     ) -> None:
         self.layout = layout
         self.models = build_model(recipe, layout, backend, image_id)
-        initialize(self.models, draw)
+        if draw is None:
+            draw_in_place(self.models)
+        else:
+            initialize(self.models, draw)
         self.wrapped = wrap_data_parallel(self.models, recipe, layout)
         self.optimizer = build_optimizer(self.wrapped, recipe, layout)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, 10_000)
@@ -81,6 +85,22 @@ class Ours:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
+
+
+@torch.no_grad()
+def draw_in_place(models: Sequence[torch.nn.Module]) -> None:
+    """Small random weights, norms that change nothing, gates half open."""
+    torch.manual_seed(0)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(0.5)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=0.02)
 
 
 class Peer:

@@ -3,11 +3,11 @@
 
     python tools/benchmark/startup.py [--rounds 9] [--slowest 12] [--json FILE]
 
-`import megamm` (target 0.15 s), `megamm --help` (0.4 s) and other commands that need no model, and as peers what
-importing torch and megatron-core's GPTModel takes. All take turns, the first round fills the page cache and the
-compiled files, every second round goes in the other order; times are medians, what the interpreter alone needs is
-listed. Where a target is missed, the imports that took longest are printed (`-X importtime`).
-"""
+`import megamm` (target 0.15 s), `megamm --help` (0.4 s) and other commands that need no model, and as peers
+what importing torch and megatron-core's GPTModel takes. All take turns, the first round fills the page
+cache and the compiled files, every second round goes in the other order; times are medians, what the
+interpreter alone needs is listed. Where a target is missed, the imports that took longest are printed (`-X
+importtime`)."""
 
 from __future__ import annotations
 

@@ -1,26 +1,26 @@
 #!/usr/bin/env python
-"""The time of a training step on the CPU against transformers and plain PyTorch, on the same weights and batches.
+"""The time of a training step on the CPU against transformers and plain PyTorch, on the same weights and
+batches.
 
     python tools/benchmark/step.py [--sizes tiny 100m] [--cases alignment finetuning flamingo frozen]
                                    [--precision bf16] [--rounds 5] [--threads 2] [--json FILE]
 
-alignment: LLaVA's first stage: the projector is trained, encoder and language model are frozen. An image of 576
-    positions and a caption of a fifth of all positions, which carries the loss; vocabulary of 32,000. Peers:
-    transformers' LlavaForConditionalGeneration, given the labels and trained with torch.optim.AdamW, and the
-    same with the output layer at positions with loss alone.
-finetuning: LLaVA's second stage, encoder frozen, on samples with the proportions of its 665k conversations (an image
-    of 144 positions, texts a quarter as long): megamm packs them, transformers pads them to the longest. Counted
-    are positions of samples, not padding.
-flamingo: gated cross-attention before every second layer and a resampler are trained, the rest is frozen; the peer is
-    plain PyTorch with a dense mask over all media (`plain_flamingo.py`). Once on rows of equal length, once packed
-    against padded.
+alignment: LLaVA's first stage: the projector is trained, encoder and language model are frozen. An image of
+    576 positions and a caption of a fifth of all positions, which carries the loss; vocabulary of 32,000.
+    Peers: transformers' LlavaForConditionalGeneration, given the labels and trained with torch.optim.AdamW,
+    and the same with the output layer at positions with loss alone.
+finetuning: LLaVA's second stage, encoder frozen, on samples with the proportions of its 665k conversations
+    (an image of 144 positions, texts a quarter as long): megamm packs them, transformers pads them to the
+    longest. Counted are positions of samples, not padding.
+flamingo: gated cross-attention before every second layer and a resampler are trained, the rest is frozen;
+    the peer is plain PyTorch with a dense mask over all media (`plain_flamingo.py`). Once on rows of equal
+    length, once packed against padded.
 frozen: what knowing the frozen parts saves, and what the output layer at positions with loss alone saves
     (`frozen_parts.py`).
 
-A step is forward, backward, clipping and update. The sides take turns, the first round warms up, every second round
-goes in the other order; times are medians. Loss and one trained gradient of every peer must be ours. Sizes: tiny
-(8 M and an encoder), 100m, 1b (needs 16 GB), smoke (for the tests).
-"""
+A step is forward, backward, clipping and update. The sides take turns, the first round warms up, every
+second round goes in the other order; times are medians. Loss and one trained gradient of every peer must be
+ours. Sizes: tiny (8 M and an encoder), 100m, 1b (needs 16 GB), smoke (for the tests)."""
 
 from __future__ import annotations
 

@@ -226,9 +226,11 @@ class Plain(Peer):
     """`PlainFlamingo` with the weights of ours."""
 
     def __init__(self, recipe: Recipe, ours: Ours, dtype: torch.dtype) -> None:
-        device = ours.layout.device
-        with torch.device(device):
-            model = PlainFlamingo(recipe.model, IMAGE_ID).to(dtype)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # nothing is ever there in fp32, for which there may be no room
+        with torch.device(ours.layout.device):
+            model = PlainFlamingo(recipe.model, IMAGE_ID)
+        torch.set_default_dtype(default)
         own = dict(ours.models[0].named_parameters())
         model.load_state_dict({name: own[name].detach() for name in model.state_dict()})
         assert len(own) == len(dict(model.named_parameters())), "a weight of ours has no place there"
@@ -308,8 +310,6 @@ def compare_sides(
     loss = ours.backward(batches)
     gradient = ours.gradients()[names[0]]
     return max(
-        assert_equal(
-            (loss, gradient), (side.backward(theirs), side.gradients()[names[1]]), precision, name
-        )
+        assert_equal((loss, gradient), (side.backward(theirs), side.gradients()[names[1]]), precision, name)
         for name, side in peers.items()
     )

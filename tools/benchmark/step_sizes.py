@@ -155,24 +155,56 @@ class Mixture:
     positions: int
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Which samples go into which packed row.
+
+    Attributes:
+        rows: samples of each.
+        lengths, images: positions and images of all samples, in their order.
+        labels: positions that carry loss, of those that are in a row.
+    """
+
+    rows: list[list[int]]
+    lengths: np.ndarray
+    images: np.ndarray
+    labels: int
+
+    @property
+    def count(self) -> int:
+        """Samples in all rows: the first ones."""
+        return sum(map(len, self.rows))
+
+    @property
+    def positions(self) -> int:
+        """That hold a sample."""
+        return int(self.lengths[: self.count].sum())
+
+
+def packing(samples: Sequence[Sample], span: int, rows: int, capacity: int, max_images: int) -> Packing:
+    """As many of the samples as go into so many rows."""
+    images = np.array([int((ids == IMAGE_ID).sum()) for ids, _ in samples])
+    lengths = np.array([len(ids) for ids, _ in samples]) + (span - 1) * images
+    order = pack_prefix(lengths, images, rows, capacity, max_images)
+    learnt = sum(int(samples[s][1][1:].sum()) for row in order for s in row)
+    return Packing(order, lengths, images, learnt)
+
+
 def mixture(
     samples: Sequence[Sample], span: int, image_size: int, rows: int, capacity: int, max_images: int
 ) -> Mixture:
     """As many of the samples as go into `rows` packed rows, and the same in batches as they come."""
-    images = np.array([int((ids == IMAGE_ID).sum()) for ids, _ in samples])
-    lengths = np.array([len(ids) for ids, _ in samples]) + (span - 1) * images
-    order = pack_prefix(lengths, images, rows, capacity, max_images)
-    count = sum(map(len, order))
-    pixels = pixels_of(samples[:count], image_size)
-    first = np.cumsum(images) - images
+    found = packing(samples, span, rows, capacity, max_images)
+    pixels = pixels_of(samples[: found.count], image_size)
+    first = np.cumsum(found.images) - found.images
 
     def batch(chosen: Sequence[int], row: int | None) -> Batch:
-        own = [pixels[first[s] + n] for s in chosen for n in range(images[s])]
+        own = [pixels[first[s] + n] for s in chosen for n in range(found.images[s])]
         return batch_of([samples[s] for s in chosen], span, own, image_size, row)
 
-    padded = [batch(part.tolist(), None) for part in np.array_split(np.arange(count), rows)]
-    packed = [batch(row, capacity) for row in order]
-    return Mixture(packed, padded, int(lengths[:count].sum()))
+    padded = [batch(part.tolist(), None) for part in np.array_split(np.arange(found.count), rows)]
+    packed = [batch(row, capacity) for row in found.rows]
+    return Mixture(packed, padded, found.positions)
 
 
 def alignment_batches(size: Size, count: int) -> list[Batch]:
