@@ -151,7 +151,8 @@ def every_position(decoder: Decoder) -> None:
 
 
 def one_process(rounds: int) -> list[tuple[str, float, float]]:
-    """(step, seconds of ours, of the peer): what is frozen known or not, then the output layer's share alone."""
+    """(step, seconds of ours, of the peer): what is frozen known or not, then the output layer's share
+    alone."""
     torch.set_num_threads(2)
     found = []
     for name, (model, frozen, labelled) in STEPS.items():

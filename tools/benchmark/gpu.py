@@ -14,7 +14,7 @@ gradients.
 alignment: LLaVA-1.5 of 7B, language model frozen, packed rows.
 flamingo: 7B, gated blocks before every fourth layer and a resampler trained, packed, against plain PyTorch
     with a dense mask and padded rows, on the same weights and samples; loss and one gradient must be equal.
-finetuning: all of the 7B language model trained, layers recomputed.
+finetuning: all of the 7B language model trained, nothing recomputed.
 bf16 layers, fp8 layers: two layers of LLaMA-65B's shape in a LLaVA, by Transformer Engine; left out where
     FP8 does not work.
 

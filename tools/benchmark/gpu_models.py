@@ -43,7 +43,6 @@ class Training:
         freeze: what is not trained.
         positions: of a packed row, of which a step has `rows`; `tiny_positions` likewise.
         samples: (recipe, number) -> so many samples.
-        recompute: of the decoder.
     """
 
     values: dict[str, Any]
@@ -53,7 +52,6 @@ class Training:
     tiny_positions: int
     samples: Callable[[Recipe, int], list[Sample]]
     rows: int = 2
-    recompute: str = "none"
     fp8: str = "off"
 
     def recipe(self, is_tiny: bool, backend: str) -> Recipe:
@@ -71,7 +69,6 @@ class Training:
                     "micro_batch_size": 1,
                     "precision": "bf16",
                     "freeze": self.freeze,
-                    "recompute": {"language": self.recompute},
                     "fp8": {"scaling": self.fp8, "amax_history": 16},
                 },
                 "optimizer": {"lr": 1e-4, "schedule": "constant"},
@@ -153,8 +150,8 @@ TRAININGS = {
     "flamingo": Training(
         *(_flamingo(BIG, EYES, 4, 6), _flamingo(TINY, TINY_EYES, 2, 1), FROZEN, 4096, 64, documents)
     ),
-    # (weights, gradients and optimizer state leave 20 GB: layers are computed again)
-    "finetuning": Training(LLAVA, TINY_LLAVA, ["vision"], 4096, 64, conversations, 4, "full"),
+    # (weights, gradients and optimizer state leave room for short rows, of which nothing is computed again)
+    "finetuning": Training(LLAVA, TINY_LLAVA, ["vision"], 2048, 64, conversations, 8),
     "bf16 layers": Training(_llava(WIDE, EYES), TINY_LLAVA, ["vision"], 8192, 64, conversations),
     "fp8 layers": Training(
         _llava(WIDE, EYES), TINY_LLAVA, ["vision"], 8192, 64, conversations, fp8="delayed"

@@ -78,7 +78,8 @@ _GRADIENTS: dict[tuple[str, str], list[Tensor]] = {}
 
 
 def CASES(device: str, tokens: int | None = None) -> list[Case]:
-    """All cases, at sizes that fit the device: several times what its caches hold, unless `tokens` is given."""
+    """All cases, at sizes that fit the device: several times what its caches hold, unless `tokens` is
+    given."""
     tokens = tokens or (4096 if device == "cpu" else 16384)
     vocab = 32000
     return [

@@ -66,7 +66,8 @@ def table_of(found: Comparison) -> Table:
     table = Table(
         found.what,
         COLUMNS,
-        note=f"{found.parameters / 1e6:.1f} M parameters; the peer's gradient departs by {found.departure:.1e}",
+        note=f"{found.parameters / 1e6:.1f} M parameters; a gradient of the peer's departs by "
+        f"{found.departure:.1e}.",
     )
     for side, seconds in found.seconds.items():
         rate = found.positions / seconds

@@ -210,8 +210,8 @@ def packed_against_padded(
     ]
     rows = sum(len(batch.input_ids) for batch in mixed.padded)
     return Comparison(
-        f"{what}, {precision}: {rows} samples, {mixed.positions} positions; packed rows are {used[0]:.0%} full, "
-        f"padded ones {used[1]:.0%}",
+        f"{what}, {precision}: {rows} samples, {mixed.positions} positions; packed rows are {used[0]:.0%} "
+        f"full, padded ones {used[1]:.0%}",
         timed(steps, rounds),
         mixed.positions,
         departure,

@@ -83,15 +83,16 @@ Sample = tuple[np.ndarray, np.ndarray]  # ids with one image token per image, wh
 
 def text_lengths(draw: np.random.Generator, count: int, scale: int = 1) -> np.ndarray:
     """Tokens of samples as in LLaVA's instruction data, divided by `scale`: a few hundred, a long tail."""
-    lengths = np.minimum(45 + np.exp(draw.normal(5.4, 0.8, count)), 4096 - 576)
-    return np.maximum(lengths // scale, 4).astype(np.int64)
+    lengths = np.minimum(45 + np.exp(draw.normal(5.4, 0.8, count)).astype(np.int64), 4096)
+    return np.maximum(lengths // scale, 4)
 
 
 def instruction_samples(size: Size, count: int) -> list[Sample]:
     """Conversations of LLaVA-like lengths, nearly all with an image; the last two fifths of the text are
     learnt."""
     draw, found = np.random.default_rng(0), []
-    for length in text_lengths(draw, count, size.scale).tolist():
+    most = size.capacity - size.positions(True) + 1
+    for length in np.minimum(text_lengths(draw, count, size.scale), most).tolist():
         ids = draw.integers(IMAGE_ID + 1, size.language["vocab_size"], length)
         if draw.random() < WITH_IMAGE:
             ids[1] = IMAGE_ID
