@@ -62,6 +62,7 @@ VISION = {
     "num_heads": 2,
     "mlp_width": 128,
 }
+SMALL = {"num_layers": 2, "vocab_size": 4000}
 ASYNC = "save asynchronously"
 STEP = 2.0  # seconds that training goes on for until its next update: short for a model of this size
 
@@ -88,7 +89,7 @@ def without_hashes() -> Iterator[None]:
 class Run:
     """One rank's model, and the checkpoints that it saves."""
 
-    def __init__(self, folder: Path, asynchronous: bool) -> None:
+    def __init__(self, folder: Path, asynchronous: bool, small: bool) -> None:
         raw = {
             "name": "benchmark",
             "run_dir": "unused",
@@ -96,7 +97,7 @@ class Run:
             "model": {
                 "assembly": "merged",
                 "connector": {"kind": "mlp"},
-                "language": LANGUAGE,
+                "language": {**LANGUAGE, **(SMALL if small else {})},
                 "vision": VISION,
             },
             "data": {"sequence_length": 64},
@@ -156,10 +157,10 @@ def forget(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: str, rounds: int) -> dict[str, Any]:
+def measure(folder: str, rounds: int, small: bool) -> dict[str, Any]:
     """Seconds of every turn, of the clock and of this rank's processors, by side."""
     torch.set_num_threads(1)
-    saving = Run(Path(folder) / "sync", False)
+    saving = Run(Path(folder) / "sync", False, small)
     sides: dict[str, Callable[[int], float]] = {
         "save": saving.save,
         "save raw": lambda step: _raw(saving.save, step),
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where files are written (default: the system's for such)"
     )
+    parser.add_argument("--small", action="store_true", help="a sixth of the parameters")
     add_json(parser)
     args = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
@@ -284,7 +286,11 @@ def main() -> None:
     print(result.setting)
     for world in args.ranks:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            arguments = {"folder": str(Path(folder) / "checkpoints"), "rounds": args.rounds}
+            arguments = {
+                "folder": str(Path(folder) / "checkpoints"),
+                "rounds": args.rounds,
+                "small": args.small,
+            }
             files = run_processes(
                 world, "checkpoint:measure", arguments, Path(folder), 3600, {"PYTHONPATH": path}
             )

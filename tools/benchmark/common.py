@@ -6,11 +6,15 @@ Nothing here imports torch: `startup.py` measures what importing costs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,6 +94,29 @@ def quiet_environment(threads: int = 1) -> dict[str, str]:
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
     }
+
+
+def run_limited(
+    command: Sequence[str], environment: Mapping[str, str], limit: float
+) -> tuple[int | None, str]:
+    """(exit status, what it printed) of a process; None where the time was up, and with it all that it
+    started."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            list(command), env=dict(environment), stdout=output, stderr=output, start_new_session=True
+        )
+        status: int | None = None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also where this process is told to stop
+            if status is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return status, output.read()
 
 
 # --- results ----------------------------------------------------------------------------------------------

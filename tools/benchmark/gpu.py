@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import Aim, Result, Table, last_line, load, machine, parser_of, quiet_environment
+from common import Aim, Result, Table, last_line, load, machine, parser_of, quiet_environment, run_limited
 
 Found = dict[str, Any]
 # Seconds of each, the model's making included; on an H200 most end much earlier.
@@ -56,20 +55,12 @@ def start(name: str, tiny: bool, limit: float, out: Path) -> Found:
     answer = out / f"{name.replace(' ', '_')}.json"
     answer.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--out", str(out), "--one", name, *(["--tiny"] if tiny else [])]
-    log = out / f"{name.replace(' ', '_')}.log"
-    with open(log, "w") as stream:
-        try:
-            done = subprocess.run(
-                command,
-                env=quiet_environment(2 if tiny else 8),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {limit:.0f} s"}
-    if done.returncode or not answer.exists():
-        return {"error": last_line(log.read_text())}
+    status, output = run_limited(command, quiet_environment(2 if tiny else 8), limit)
+    (out / f"{name.replace(' ', '_')}.log").write_text(output)
+    if status is None:
+        return {"error": f"took longer than {limit:.0f} s"}
+    if status or not answer.exists():
+        return {"error": last_line(output)}
     found: Found = json.loads(answer.read_text())
     return found
 

@@ -31,6 +31,14 @@ def rewritten(text: str, name: str, content: str, at_top: bool = False) -> str:
     return "\n".join(kept) + "\n"
 
 
+def part_of(text: str, name: str) -> str:
+    """What stands in the part `name`; nothing where there is none."""
+    first, last = marks(name)
+    _, begins, rest = text.partition(first)
+    content, ends, _ = rest.partition(last)
+    return content if begins and ends else ""
+
+
 def _placed(text: str, block: str, heading: str, at_top: bool) -> str:
     if not at_top:
         return f"{text.rstrip()}\n\n{heading}{block}\n"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Aim, Result, Table, cpu_name, last_line, load, quiet_environment
-from results_file import rewritten
+from common import Aim, Result, Table, cpu_name, last_line, load, quiet_environment, run_limited
+from results_file import part_of, rewritten
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
@@ -39,7 +38,7 @@ class Part:
 
     Attributes:
         script: in this folder.
-        full, quick: its arguments.
+        full, quick: its arguments; without quick ones it is left out of quick runs.
         limit: seconds of the full run; the quick one has QUICK_LIMIT.
         threads: that its process and its children have, unless they say otherwise.
         targets: of the summary: words that its aims begin with, for those that are missing.
@@ -47,14 +46,17 @@ class Part:
 
     script: str
     full: Sequence[str]
-    quick: Sequence[str]
+    quick: Sequence[str] | None
     limit: int
     threads: int = 1
     targets: Sequence[str] = ()
 
+    def arguments(self, quick: bool) -> Sequence[str]:
+        """Of this run."""
+        return (self.quick or ()) if quick else self.full
 
-QUICK_LIMIT = 60
-# Seconds of the full runs add up to less than 20 minutes.
+
+QUICK_LIMIT, MINUTES = 90, 20
 PARTS: Mapping[str, Part] = {
     "startup": Part(
         "startup.py", ["--rounds", "7"], ["--rounds", "1"], 120, 1,
@@ -83,19 +85,22 @@ PARTS: Mapping[str, Part] = {
     "checkpoint": Part(
         "checkpoint.py",
         ["--rounds", "2", "--ranks", "1"],
-        ["--rounds", "1", "--ranks", "1"],
+        ["--rounds", "1", "--ranks", "1", "--small"],
         150, 1, ["checkpoint save", "training stands still"],
     ),
     "step": Part(
         "step.py",
-        ["--sizes", "tiny", "100m", "--rounds", "3"],
+        ["--sizes", "tiny", "--rounds", "5"],
         ["--sizes", "tiny", "--cases", "alignment", "--rounds", "1"],
         240, 2, ["tiny LLaVA"],
     ),
-    "frozen_parts": Part("frozen_parts.py", ["--rounds", "3"], ["--rounds", "1"], 120, 2),
+    "step_100m": Part(
+        "step.py", ["--sizes", "100m", "--cases", "alignment", "finetuning", "--rounds", "1"], None, 240, 2
+    ),
+    "frozen_parts": Part("frozen_parts.py", ["--rounds", "3"], None, 120, 2),
     "scale": Part(
         "scale.py", ["--out", PICTURES, "--rounds", "1"],
-        ["--out", PICTURES, "--rounds", "1", "--quick", "--only", "layers", "datasets"], 180, 2,
+        ["--out", PICTURES, "--rounds", "1", "--quick", "--only", "layers", "datasets"], 240, 2,
     ),
 }  # fmt: skip
 TARGETS = {
@@ -112,25 +117,16 @@ TARGETS = {
 }
 
 
-def start(part: Part, quick: bool, pictures: Path) -> Result | str:
+def start(part: Part, quick: bool, limit: float, pictures: Path) -> Result | str:
     """What a benchmark found, or why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "result.json"
-        given = [str(pictures) if word == PICTURES else word for word in (part.quick if quick else part.full)]
+        given = [str(pictures) if word == PICTURES else word for word in part.arguments(quick)]
         command = [sys.executable, str(HERE / part.script), *given, "--json", str(answer)]
-        limit = QUICK_LIMIT if quick else part.limit
-        try:
-            done = subprocess.run(
-                command,
-                env=quiet_environment(part.threads),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=limit,
-            )
-        except subprocess.TimeoutExpired:
-            return f"took longer than {limit} s"
-        return Result.read(answer) if answer.exists() else last_line(done.stdout)
+        status, output = run_limited(command, quiet_environment(part.threads), limit)
+        if status is None:
+            return f"took longer than {limit:.0f} s"
+        return Result.read(answer) if status == 0 and answer.exists() else last_line(output)
 
 
 def section(result: Result, quick: bool, seconds: float) -> str:
@@ -145,20 +141,41 @@ def section(result: Result, quick: bool, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def summary(found: Mapping[str, Result | str], quick: bool, before: str) -> str:
-    """Every target of the CPU in a table."""
-    table = Table("", ["what", "target", "found", "peer", "verdict"])
+COLUMNS = ["what", "target", "found", "peer", "verdict", "date"]
+
+
+def summary(found: Mapping[str, Result | str], quick: bool, before: str, old: str = "") -> str:
+    """Every target of the CPU in a table.
+
+    Args:
+        before: load before the run.
+        old: the text that has the table of an earlier run, whose rows stay for parts that did not run.
+    """
+    table, today = Table("", COLUMNS), datetime.date.today().isoformat()
     for name, part in PARTS.items():
-        result = found.get(name)
         for start_of in part.targets:
-            own = result.aims if isinstance(result, Result) else []
-            matching = [aim for aim in own if aim.what.startswith(start_of)]
-            why = "not in this run" if result is None else result if isinstance(result, str) else "not found"
-            for aim in matching or [Aim(start_of, TARGETS[start_of], why, "", None)]:
-                table.add(aim.what, aim.target, aim.found, aim.peer, aim.verdict)
+            if name not in found and (kept := _rows(old, start_of)):
+                table.rows += kept
+                continue
+            for aim in _aims(found.get(name), start_of):
+                table.add(aim.what, aim.target, aim.found, aim.peer, aim.verdict, today)
     how = "quick run, " if quick else ""
-    today = datetime.date.today().isoformat()
     return f"{how}{today}, {cpu_name()}, load before {before}, after {load()}.\n\n{table.markdown()}"
+
+
+def _aims(result: Result | str | None, start_of: str) -> list[Aim]:
+    """Those that begin so, or one that says why there is none."""
+    if isinstance(result, Result):
+        found = [aim for aim in result.aims if aim.what.startswith(start_of)]
+        return found or [Aim(start_of, TARGETS[start_of], "not found", "", None)]
+    return [Aim(start_of, TARGETS[start_of], result or "not in this run", "", None)]
+
+
+def _rows(text: str, start_of: str) -> list[list[str]]:
+    """Rows of the summary in a text that begin so."""
+    rows = [line.strip().strip("|").split("|") for line in part_of(text, "summary").splitlines()]
+    cells = [[cell.strip() for cell in row] for row in rows if len(row) == len(COLUMNS)]
+    return [row for row in cells if row[0].startswith(start_of)]
 
 
 def main() -> int:
@@ -170,25 +187,29 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that is rewritten")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     args = parser.parse_args()
+    chosen = [name for name in args.only if not args.quick or PARTS[name].quick is not None]
+    limits = {name: float(QUICK_LIMIT if args.quick else PARTS[name].limit) for name in chosen}
     if args.dry_run:
-        for name in args.only:
-            part = PARTS[name]
-            limit = QUICK_LIMIT if args.quick else part.limit
-            print(f"{name}: {part.script} {' '.join(part.quick if args.quick else part.full)} ({limit} s)")
+        for name in chosen:
+            words = " ".join([PARTS[name].script, *PARTS[name].arguments(args.quick)])
+            print(f"{name}: {words} ({limits[name]:.0f} s)")
         return 0
     pictures, before = args.results.parent / "pictures", load()
     pictures.mkdir(exist_ok=True)
     found: dict[str, Result | str] = {}
     text = args.results.read_text() if args.results.exists() else "# Results of the benchmarks\n"
-    for name in args.only:
+    ends = time.monotonic() + 60 * MINUTES
+    for name in chosen:
         started = time.monotonic()
-        result = found[name] = start(PARTS[name], args.quick, pictures)
+        limit = min(limits[name], ends - started)
+        up = f"the {MINUTES} minutes are over"
+        result = found[name] = start(PARTS[name], args.quick, limit, pictures) if limit > 0 else up
         seconds = time.monotonic() - started
         failed = f"FAILED: {result}" if isinstance(result, str) else "done"
         print(f"{name}: {seconds:.0f} s, {failed}", flush=True)
         if isinstance(result, Result):
             text = rewritten(text, name, section(result, args.quick, seconds))
-    text = rewritten(text, "summary", summary(found, args.quick, before), at_top=True)
+    text = rewritten(text, "summary", summary(found, args.quick, before, text), at_top=True)
     args.results.write_text(text)
     return 1 if any(isinstance(result, str) for result in found.values()) else 0
 

@@ -74,7 +74,7 @@ def _vision(layers: int, width: int, heads: int) -> dict[str, int]:
 SIZES = {
     "smoke": Size(_language(2, 64, 2, 128, 512), _vision(2, 32, 2), (2, 2), 2, 64),
     "tiny": Size(_language(4, 256, 4, 688), _vision(3, 192, 3), (24, 12), 4, 4),
-    "100m": Size(_language(12, 768, 12, 2048), _vision(6, 384, 6), (24, 12), 2, 4),
+    "100m": Size(_language(12, 768, 12, 2048), _vision(6, 384, 6), (24, 12), 1, 4),
     "1b": Size(_language(16, 2048, 16, 5632), _vision(12, 768, 12), (24, 12), 1, 4),
 }
 
