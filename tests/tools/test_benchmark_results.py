@@ -59,7 +59,8 @@ def test_a_limit_ends_the_whole_family(tmp_path: Path) -> None:
     common = module("common")
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
-    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    begin = "import subprocess, sys; print('begun', flush=True)"
+    parent = f"{begin}; subprocess.run([sys.executable, '-c', {child!r}])"
     status, output = common.run_limited([sys.executable, "-c", parent], common.quiet_environment(), 1.5)
     assert status is None and output == "begun\n"
     time.sleep(3)
@@ -134,15 +135,25 @@ def test_the_summary_has_every_target_and_keeps_old_rows() -> None:
     assert "100 ms, 2.0 times" in later and "took longer" not in later
 
 
-def test_every_part_has_a_script_and_its_targets() -> None:
+def test_the_parts_have_all_targets() -> None:
     run = module("run")
     assert {start for part in run.PARTS.values() for start in part.targets} == set(run.TARGETS)
-    for name, part in run.PARTS.items():
-        assert (run.HERE / part.script).is_file(), name
-        assert (
-            "--json" in (run.HERE / part.script).read_text()
-            or "parser_of(" in (run.HERE / part.script).read_text()
-        ), name
+
+
+@pytest.mark.parametrize("name", list(importlib.import_module("run").PARTS))
+def test_every_script_takes_its_arguments(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = module("run").PARTS[name]
+    script = module(part.script.removesuffix(".py"))
+    for quick in (False, True):
+        monkeypatch.setattr(sys, "argv", [part.script, *part.arguments(quick), "--json", "x", "--help"])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        out = capsys.readouterr().out
+        assert end.value.code == 0 and "--json FILE" in out
+        options = [word for word in part.arguments(quick) if word.startswith("--")]
+        assert [option for option in options if option not in out] == []
 
 
 def test_a_part_that_runs_and_one_that_fails(tmp_path: Path) -> None:
