@@ -177,6 +177,8 @@ def speed(recipe: Recipe, mixed: Mixture, seconds: float, device: torch.device) 
 def dense_mask(recipe: Recipe, ours: Ours, mixed: Mixture, device: torch.device, tiny: bool) -> Found:
     """The same samples padded, in plain torch with a dense mask, after loss and a gradient were found
     equal."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     peer = Plain(recipe, ours, DTYPES["bf16"])
     name = GATE.format(next(n for n in range(99) if recipe.model.cross_attention.stands_before(n)))
     mine = ours.backward(mixed.packed), ours.gradients()[name]

@@ -88,10 +88,10 @@ class Training:
         )
 
     def batches(self, recipe: Recipe) -> Mixture:
-        """The same samples packed and padded to the longest."""
-        span, size = recipe.model.tokens_per_image, recipe.model.vision.image_size
-        data = recipe.data
-        return mixture(self._samples(recipe), span, size, self.rows, data.sequence_length, data.max_images)
+        """The same samples packed and, two at a time (more have no room), padded to the longest."""
+        data, size = recipe.data, recipe.model.vision.image_size
+        limits = self.rows, data.sequence_length, data.max_images
+        return mixture(self._samples(recipe), recipe.model.tokens_per_image, size, *limits, at_once=2)
 
     def _samples(self, recipe: Recipe) -> list[Sample]:
         """More than go into the rows."""

@@ -30,7 +30,7 @@ def table(names: Sequence[str]) -> Table:
         most = max(int(packing.images[row].sum()) for row in packing.rows)
         _, memory = largest_stage(recipe, 1, most)
         total = memory.total
-        if name == "flamingo":  # the peer's weights, gradients and optimizer state in bf16 lie beside ours
+        if name == "flamingo":  # beside ours lies the peer's, in bf16 (its activations are not counted)
             total += 2 * sum(c.total for c in counts) + 6 * sum(c.trainable for c in counts)
         found.add(
             name,

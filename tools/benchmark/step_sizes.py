@@ -147,7 +147,7 @@ class Mixture:
     """The same samples twice.
 
     Attributes:
-        packed, padded: micro-batches, as many of the one as of the other.
+        packed, padded: micro-batches.
         positions: that hold a sample, which both sides have to learn from.
     """
 
@@ -192,9 +192,19 @@ def packing(samples: Sequence[Sample], span: int, rows: int, capacity: int, max_
 
 
 def mixture(
-    samples: Sequence[Sample], span: int, image_size: int, rows: int, capacity: int, max_images: int
+    samples: Sequence[Sample],
+    span: int,
+    image_size: int,
+    rows: int,
+    capacity: int,
+    max_images: int,
+    at_once: int | None = None,
 ) -> Mixture:
-    """As many of the samples as go into `rows` packed rows, and the same in batches as they come."""
+    """As many of the samples as go into `rows` packed rows, and the same in padded batches as they come.
+
+    Args:
+        at_once: samples of a padded batch; None: as many batches as there are packed rows.
+    """
     found = packing(samples, span, rows, capacity, max_images)
     pixels = pixels_of(samples[: found.count], image_size)
     first = np.cumsum(found.images) - found.images
@@ -203,7 +213,8 @@ def mixture(
         own = [pixels[first[s] + n] for s in chosen for n in range(found.images[s])]
         return batch_of([samples[s] for s in chosen], span, own, image_size, row)
 
-    padded = [batch(part.tolist(), None) for part in np.array_split(np.arange(found.count), rows)]
+    parts = -(-found.count // at_once) if at_once else rows
+    padded = [batch(part.tolist(), None) for part in np.array_split(np.arange(found.count), parts)]
     packed = [batch(row, capacity) for row in found.rows]
     return Mixture(packed, padded, found.positions)
 
