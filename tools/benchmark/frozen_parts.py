@@ -11,7 +11,6 @@ the trained parameters must agree.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Result, Table, load, machine, milliseconds, parser_of
+from common import ROOT, Result, Table, load, machine, milliseconds, parser_of, timed
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
@@ -136,8 +135,8 @@ def compare(ours: Side, peer: Side, rounds: int) -> tuple[float, float]:
     for name, gradient in ours.gradients().items():
         difference = float((gradient - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-12))
         assert difference <= 1e-5, (name, difference)
-    times = [(seconds(ours.step), seconds(peer.step)) for _ in range(rounds)]
-    return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
+    found = timed({"ours": ours.step, "peer": peer.step}, rounds, warm_up=0)  # (they have taken a step above)
+    return found["ours"], found["peer"]
 
 
 def every_position(decoder: Decoder) -> None:
