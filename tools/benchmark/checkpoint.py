@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the manifest costs when checkpoints are saved and loaded, and how long training stands still.
 
-    python tools/benchmark/checkpoint.py [--rounds 5] [--ranks 1 2] [--folder /tmp]
+    python tools/benchmark/checkpoint.py [--rounds 5] [--ranks 1 2] [--folder /tmp] [--json FILE]
 
 A model with AdamW's state in fp32, 16 bytes per parameter, is saved and loaded by data-parallel ranks,
 through the classes that training uses. "Raw" is the same code without hashes; it waits for the disk as well.
@@ -12,7 +12,6 @@ order. Loading is measured from the page cache, where nothing hides what verifyi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from common import Aim, Result, Table, add_json, load, machine
 from torch.distributed.checkpoint.filesystem import (
     SerializationFormat,
     _StorageWriterTransforms,
@@ -62,6 +62,7 @@ VISION = {
     "num_heads": 2,
     "mlp_width": 128,
 }
+SMALL = {"num_layers": 2, "vocab_size": 4000}
 ASYNC = "save asynchronously"
 STEP = 2.0  # seconds that training goes on for until its next update: short for a model of this size
 
@@ -88,7 +89,7 @@ def without_hashes() -> Iterator[None]:
 class Run:
     """One rank's model, and the checkpoints that it saves."""
 
-    def __init__(self, folder: Path, asynchronous: bool) -> None:
+    def __init__(self, folder: Path, asynchronous: bool, small: bool) -> None:
         raw = {
             "name": "benchmark",
             "run_dir": "unused",
@@ -96,7 +97,7 @@ class Run:
             "model": {
                 "assembly": "merged",
                 "connector": {"kind": "mlp"},
-                "language": LANGUAGE,
+                "language": {**LANGUAGE, **(SMALL if small else {})},
                 "vision": VISION,
             },
             "data": {"sequence_length": 64},
@@ -156,10 +157,10 @@ def forget(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: str, rounds: int) -> dict[str, Any]:
+def measure(folder: str, rounds: int, small: bool) -> dict[str, Any]:
     """Seconds of every turn, of the clock and of this rank's processors, by side."""
     torch.set_num_threads(1)
-    saving = Run(Path(folder) / "sync", False)
+    saving = Run(Path(folder) / "sync", False, small)
     sides: dict[str, Callable[[int], float]] = {
         "save": saving.save,
         "save raw": lambda step: _raw(saving.save, step),
@@ -226,28 +227,45 @@ def _take_turns(
                 found.setdefault(side, []).append((seconds, time.process_time() - cpu))
 
 
-def report(world: int, results: list[dict[str, Any]]) -> None:
-    """Print a row of a table for each side: the slowest rank's time, and all ranks' processors together."""
+PAIRS = [
+    *(("save", "save raw"), ("save", "save as torch"), ("load", "load raw"), ("load", "load as torch")),
+    *(("load from disk", "load from disk raw"), (ASYNC, "save")),
+]
+
+
+def report(world: int, results: list[dict[str, Any]]) -> tuple[list[Table], list[Aim]]:
+    """A row of a table for each side: the slowest rank's time, and all ranks' processors together."""
     size, parameters = results[0]["bytes"] / 1e9, results[0]["parameters"] / 1e6
-    print(f"{world} rank(s), {parameters:.0f}M parameters, {size:.2f} GB, {os.cpu_count()} cores,")
-    print(f"load {' '.join(f'{x:.1f}' for x in os.getloadavg())}; fastest, median, slowest turn")
+    title = f"{world} rank(s), {parameters:.0f}M parameters, {size:.2f} GB"
+    times = Table(title, ["side", "fastest", "median", "slowest", "of processors"])
     clock: dict[str, float] = {}
     processors: dict[str, float] = {}
     for side in results[0]["seconds"]:
         turns = list(zip(*(result["seconds"][side] for result in results), strict=True))
-        times = sorted(max(seconds for seconds, _ in turn) for turn in turns)
-        clock[side] = statistics.median(times)
+        each = sorted(max(seconds for seconds, _ in turn) for turn in turns)
+        clock[side] = statistics.median(each)
         processors[side] = statistics.median(sum(cpu for _, cpu in turn) for turn in turns)
-        print(
-            f"  {side}: {times[0]:.2f} {clock[side]:.2f} {times[-1]:.2f} s, "
-            f"{processors[side]:.2f} s of processors"
-        )
-    peers = [("save", "save raw"), ("save", "save as torch"), ("load", "load raw"), ("load", "load as torch")]
-    for side, peer in (*peers, ("load from disk", "load from disk raw"), (ASYNC, "save")):
-        print(
-            f"  {side} / {peer}: {clock[side] / clock[peer]:.2f} by the clock, "
-            f"{processors[side] / processors[peer]:.2f} of processors"
-        )
+        seconds = (f"{value:.2f} s" for value in (each[0], clock[side], each[-1], processors[side]))
+        times.add(side, *seconds)
+    ratios = Table("", ["ratio", "by the clock", "of processors"])
+    for side, peer in PAIRS:
+        of_processors = processors[side] / processors[peer]
+        ratios.add(f"{side} / {peer}", f"{clock[side] / clock[peer]:.2f}", f"{of_processors:.2f}")
+    return [times, ratios], [_writing(world, clock, size), _standing(world, clock)]
+
+
+def _writing(world: int, clock: dict[str, float], size: float) -> Aim:
+    share = clock["save raw"] / clock["save"]
+    peers = ", ".join(f"{side} {size / clock[side]:.2f} GB/s" for side in ("save raw", "save as torch"))
+    found = f"{size / clock['save']:.2f} GB/s, {share:.0%}"
+    return Aim(f"checkpoint save, verified, {world} rank(s)", ">= 90 % of raw", found, peers, share >= 0.9)
+
+
+def _standing(world: int, clock: dict[str, float]) -> Aim:
+    share = clock[ASYNC] / clock["save"]
+    found, peer = f"{clock[ASYNC]:.2f} s, {share:.0%}", f"synchronous {clock['save']:.2f} s"
+    name = f"training stands still in an asynchronous save, {world} rank(s)"
+    return Aim(name, "<= 10 % of a synchronous one", found, peer, share <= 0.1)
 
 
 def main() -> None:
@@ -259,20 +277,30 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where files are written (default: the system's for such)"
     )
-    parser.add_argument("--json", action="store_true", help="print every measurement as well")
+    parser.add_argument("--small", action="store_true", help="a sixth of the parameters")
+    add_json(parser)
     args = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    result = Result(f"{machine()}; median of {args.rounds} turns; load {load()}")
+    print(result.setting)
     for world in args.ranks:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            arguments = {"folder": str(Path(folder) / "checkpoints"), "rounds": args.rounds}
+            arguments = {
+                "folder": str(Path(folder) / "checkpoints"),
+                "rounds": args.rounds,
+                "small": args.small,
+            }
             files = run_processes(
                 world, "checkpoint:measure", arguments, Path(folder), 3600, {"PYTHONPATH": path}
             )
             results = [torch.load(file, weights_only=True) for file in files]
-        report(world, results)
-        if args.json:
-            print(json.dumps([result["seconds"] for result in results]))
+        tables, aims = report(world, results)
+        print("\n".join(table.markdown() for table in tables), flush=True)
+        result.tables += tables
+        result.aims += aims
+        result.values[str(world)] = [each["seconds"] for each in results]
+    result.write(args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast weights are converted, and in how much memory, on this machine.
 
-    python tools/benchmark/convert.py [--rounds 5] [--gigabytes 1.5] [--folder /tmp]
+    python tools/benchmark/convert.py [--rounds 5] [--gigabytes 1.5] [--folder /tmp] [--json FILE]
 
 A LLaMA of random bf16 weights goes from Hugging Face format to a checkpoint for two tensor-parallel ranks
 and back. Peers load and save the same file: transformers, safetensors, and a plain copy. All take turns, each
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import Aim, Result, Table, add_json, load, machine
 
 WEIGHTS = "model.safetensors"
 HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
@@ -138,30 +139,47 @@ def check(source: Path, back: Path) -> None:
         assert torch.equal(tensor.view(torch.int16), found[key].view(torch.int16)), key
 
 
-def run(rounds: int, gigabytes: float, folder: Path) -> None:
+def run(rounds: int, gigabytes: float, folder: Path) -> Result:
     source = folder / "source"
     make_llama(source, gigabytes)
     size = (source / WEIGHTS).stat().st_size
     outputs = {side: folder / side for side in SIDES}
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn in range(rounds + 1):  # the first one warms up
-        for side, out in outputs.items():
+        for side in outputs if turn % 2 else sorted(outputs, key=backwards):
+            out = outputs[side]
             found = run_side(side, outputs["import_tp2"] if side == "export_llama" else source, out)
             if turn:
                 results[side].append(found)
         os.sync()
     check(source, outputs["export_llama"])
     assert filecmp.cmp(source / WEIGHTS, outputs["raw_copy"] / WEIGHTS, shallow=False)
-    print(f"{size / 1e9:.2f} GB, largest tensor {2 * VOCAB * HIDDEN / 1e6:.0f} MB, {rounds} turns (median),")
-    print(f"{os.cpu_count()} cores, load {' '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    largest = 2 * VOCAB * HIDDEN
+    setting = (
+        f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, median of {rounds} turns; load {load()}"
+    )
+    columns = ["side", "GB/s", "seconds", "of processors", "peak memory"]
+    result = Result(f"{machine()}; {setting}", [Table("", columns)])
+    rates, memories = {}, {}
     for side, rows in results.items():
         seconds = statistics.median(row["seconds"] for row in rows)
         cpu = statistics.median(row["cpu"] for row in rows)
-        memory, whole = (max(row[key] for row in rows) / 1e6 for key in ("memory", "whole"))
-        print(
-            f"{side}: {size / seconds / 1e9:.2f} GB/s ({seconds:.2f} s, {cpu:.2f} s of processors),"
-            f" peak memory +{memory:.0f} MB (process {whole:.0f} MB)"
-        )
+        rates[side], memories[side] = size / seconds / 1e9, max(row["memory"] for row in rows)
+        memory = f"+{memories[side] / 1e6:.0f} MB"
+        result.tables[0].add(side, f"{rates[side]:.2f}", f"{seconds:.2f}", f"{cpu:.2f}", memory)
+    ratio, limit = rates["import_tp2"] / rates["transformers_load_save"], 2 * largest + 200_000_000
+    found = f"{rates['import_tp2']:.2f} GB/s, {ratio:.2f} times; +{memories['import_tp2'] / 1e6:.0f} MB"
+    peers = f"transformers {rates['transformers_load_save']:.2f} GB/s, copy {rates['raw_copy']:.2f}"
+    target = f">= 3 times transformers; <= {limit / 1e6:.0f} MB"
+    met = ratio >= 3 and memories["import_tp2"] <= limit
+    result.aims.append(Aim("HF -> TP2 conversion, bf16", target, found, peers, met))
+    return result
+
+
+def backwards(side: str) -> int:
+    """The other order; an export still comes behind the import whose checkpoint it reads."""
+    order = ["raw_copy", "safetensors_load_save", "transformers_load_save", "import_tp2", "export_llama"]
+    return order.index(side)
 
 
 def main() -> None:
@@ -173,6 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where files are written (default: the system's for such)"
     )
+    add_json(parser)
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -180,7 +199,9 @@ def main() -> None:
         print(json.dumps(measure(side, Path(source), Path(out))))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        run(args.rounds, args.gigabytes, Path(folder))
+        result = run(args.rounds, args.gigabytes, Path(folder))
+    print(result.text())
+    result.write(args.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
     python tools/benchmark/data.py [--only documents,samples,packing,images] [--rounds 9]
                                    [--documents 200000] [--folder /tmp] [--out table.md]
+                                   [--json FILE]
 
 documents: token sequences at random places of one file, against megatron-core's IndexedDataset and, where it
     is installed, Hugging Face datasets.
@@ -21,7 +22,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,16 +32,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from common import Aim, Result, Table, add_json, load, machine
+from step_sizes import text_lengths
 
 from megamm.batch import Batch
 from megamm.data.assemble import Assembler
-from megamm.data.packing import pack_prefix
 from megamm.data.token_file import TokenFile
 from megamm.ops import extension_status
 from megamm.ops.crc32 import Part, crc32_rows
 from megamm.ops.documents import Stretches, as_tensor, gather_documents
 
 Sides = dict[str, Callable[[], object]]
+Found = tuple[list[Table], list[Aim]]
 VOCAB, LENGTH, SECONDS_PER_TURN = 32000, 2048, 0.1
 ROWS_AT_ONCE, DOCUMENTS_AT_ONCE = 8, 1024
 OURS, COPY, MCORE = "megamm", "plain copy", "megatron-core"
@@ -69,15 +71,15 @@ def take_turns(sides: Sides, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def table(title: str, unit: str, seconds: dict[str, float], per_call: int, peer: str) -> list[str]:
+def table(title: str, unit: str, seconds: dict[str, float], per_call: int, peer: str) -> Table:
     """Microseconds and number per second of one `unit`, times as fast as the peer, share of the copy."""
-    lines = [title, "", f"| side | us per {unit} | per second | {peer} / side | % of the copy's speed |"]
-    lines.append("|---|---|---|---|---|")
+    columns = ["side", f"us per {unit}", "per second", f"{peer} / side", "% of the copy's speed"]
+    found = Table(title, columns)
     for name, time_of in seconds.items():
         each = time_of / per_call
         ratio, copy = seconds[peer] / time_of, 100 * seconds[COPY] / time_of
-        lines.append(f"| {name} | {each * 1e6:.2f} | {1 / each:,.0f} | {ratio:.2f} | {copy:.0f} |")
-    return [*lines, ""]
+        found.add(name, f"{each * 1e6:.2f}", f"{1 / each:,.0f}", f"{ratio:.2f}", f"{copy:.0f}")
+    return found
 
 
 def copy_of(*shape_and_dtype: object) -> Callable[[], object]:
@@ -88,11 +90,6 @@ def copy_of(*shape_and_dtype: object) -> Callable[[], object]:
 
 
 # --- documents ------------------------------------------------------------------------------------------
-
-
-def text_lengths(draw: np.random.Generator, count: int) -> np.ndarray:
-    """Tokens of samples as in LLaVA's instruction data: a few hundred, a long tail."""
-    return np.minimum(45 + np.exp(draw.normal(5.4, 0.8, count)).astype(np.int64), 4096)
 
 
 def write_documents(folder: Path, lengths: np.ndarray) -> Path:
@@ -122,7 +119,7 @@ def checksums(samples: Stretches, rows: torch.Tensor) -> torch.Tensor:
     return crc32_rows(parts, rows)
 
 
-def documents(folder: Path, rounds: int, count: int) -> list[str]:
+def documents(folder: Path, rounds: int, count: int) -> Found:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     draw = np.random.default_rng(0)
@@ -171,8 +168,17 @@ def documents(folder: Path, rounds: int, count: int) -> list[str]:
         f"Documents: {count:,} of {size / DOCUMENTS_AT_ONCE:.0f} tokens on average, {DOCUMENTS_AT_ONCE} "
         "random ones per call, their ids in one array"
     )
-    seconds = take_turns(sides, rounds)
-    return table(title, "document", seconds, DOCUMENTS_AT_ONCE, f"{MCORE} IndexedDataset")
+    seconds, peer = take_turns(sides, rounds), f"{MCORE} IndexedDataset"
+    rate = {name: DOCUMENTS_AT_ONCE / seconds[name] for name in (peer, f"{OURS}, batched")}
+    ratio = seconds[peer] / seconds[f"{OURS}, batched"]
+    aim = Aim(
+        "random document read, batched",
+        ">= 5 times megatron-core",
+        f"{rate[f'{OURS}, batched'] / 1e6:.2f} M/s, {ratio:.1f} times",
+        f"{peer} {rate[peer] / 1e6:.2f} M/s",
+        ratio >= 5,
+    )
+    return [table(title, "document", seconds, DOCUMENTS_AT_ONCE, peer)], [aim]
 
 
 def hugging_face(peer: object, next_rows: Callable[[], np.ndarray]) -> Callable[[], object]:
@@ -188,15 +194,22 @@ def hugging_face(peer: object, next_rows: Callable[[], np.ndarray]) -> Callable[
 # --- samples --------------------------------------------------------------------------------------------
 
 
-def samples(folder: Path, rounds: int, count: int) -> list[str]:
-    lines = []
+def samples(folder: Path, rounds: int, count: int) -> Found:
+    tables, aims = [], []
     for per_row in (1, 4):
-        lines += samples_of(folder, rounds, count // 4, per_row)
-    return lines
+        found, seconds = samples_of(folder, rounds, count // 4, per_row)
+        tables.append(found)
+        ours, peer = (1e6 * seconds[name] / ROWS_AT_ONCE for name in (OURS, f"{MCORE} GPTDataset"))
+        if per_row == 1:
+            name = f"training sample of {LENGTH}, assembled"
+            aims.append(
+                Aim(name, "<= 10 us", f"{ours:.1f} us", f"{MCORE} GPTDataset {peer:.1f} us", ours <= 10)
+            )
+    return tables, aims
 
 
-def samples_of(folder: Path, rounds: int, count: int, per_row: int) -> list[str]:
-    """Rows of documents that fill them exactly, so that both sides give the same rows."""
+def samples_of(folder: Path, rounds: int, count: int, per_row: int) -> tuple[Table, dict[str, float]]:
+    """Rows of documents that fill them exactly, so that both sides give the same rows; seconds of a call."""
     prefix = write_documents(folder, np.full(count, LENGTH // per_row))
     peer = gpt_dataset(prefix, count)
     file, everything, sums = open_ours(prefix)
@@ -248,7 +261,8 @@ def samples_of(folder: Path, rounds: int, count: int, per_row: int) -> list[str]
     title = (
         f"Samples: rows of {LENGTH} positions, {many}, {ROWS_AT_ONCE} rows per call; ids, labels, positions"
     )
-    return table(title, "row", take_turns(sides, rounds), ROWS_AT_ONCE, f"{MCORE} GPTDataset")
+    seconds = take_turns(sides, rounds)
+    return table(title, "row", seconds, ROWS_AT_ONCE, f"{MCORE} GPTDataset"), seconds
 
 
 def check_row(wanted: dict[str, torch.Tensor], found: Batch, per_row: int) -> None:
@@ -284,82 +298,26 @@ def gpt_dataset(prefix: Path, count: int) -> object:
     return GPTDataset(indexed, str(prefix), np.arange(count, dtype=np.int32), None, Split.train, config)
 
 
-# --- packing --------------------------------------------------------------------------------------------
-
-
-def next_fit(lengths: np.ndarray, capacity: int) -> float:
-    """Share of positions in use if each sample goes into the row before it or a new one."""
-    rows, room = 1, capacity
-    for length in lengths.tolist():
-        if length > room:
-            rows, room = rows + 1, capacity
-        room -= length
-    return float(lengths.sum()) / (rows * capacity)
-
-
-def best_fit(lengths: np.ndarray, capacity: int) -> float:
-    """... if each sample goes into the fullest row that has room, of all rows so far."""
-    rooms: list[int] = []
-    for length in lengths.tolist():
-        fitting = [(room, row) for row, room in enumerate(rooms) if room >= length]
-        if fitting:
-            rooms[min(fitting)[1]] -= length
-        else:
-            rooms.append(capacity - length)
-    return float(lengths.sum()) / (len(rooms) * capacity)
-
-
-def packing(_folder: Path, _rounds: int, _count: int) -> list[str]:
-    capacity, draw = 4096, np.random.default_rng(0)
-    images = (draw.random(40_000) < 0.94).astype(np.int64)
-    lengths = np.minimum(text_lengths(draw, len(images)) + 575 * images, capacity)
-    to_longest = lengths.sum() / (8 * lengths.reshape(-1, 8).max(axis=1).sum())
-    lines = [
-        f"Packing: samples of {lengths.mean():.0f} positions on average (94 % with an image of 576), rows of "
-        f"{capacity}",
-        "",
-        "| rule | % of the positions in use | us per sample |",
-        "|---|---|---|",
-        f"| none: 8 rows as long as the longest of them | {100 * to_longest:.1f} | |",
-    ]
-    for name, rule in (("next fit", next_fit), ("best fit, every row open to the end", best_fit)):
-        lines.append(f"| {name} | {100 * rule(lengths[:10_000], capacity):.1f} | |")
-    for num_rows in (8, 16, 32, 64, 128, 256):
-        used = steps = start = 0
-        seconds = 0.0
-        while start + 8 * num_rows < len(lengths):
-            end = start + 8 * num_rows
-            started = time.process_time()
-            rows = pack_prefix(lengths[start:end], images[start:end], num_rows, capacity, 16)
-            seconds += time.process_time() - started
-            taken = sorted(sample for row in rows for sample in row)
-            assert taken == list(range(len(taken))), "a step uses the next samples without gaps"
-            assert all(lengths[start:end][row].sum() <= capacity for row in rows)
-            used += int(lengths[start : start + len(taken)].sum())
-            start, steps = start + len(taken), steps + 1
-        share = 100 * used / (steps * num_rows * capacity)
-        lines.append(f"| {OURS}, {num_rows} rows per step | {share:.1f} | {seconds / start * 1e6:.0f} |")
-    return [*lines, ""]
-
-
 # --- all ------------------------------------------------------------------------------------------------
 
 
-def images(folder: Path, rounds: int, _count: int) -> list[str]:
-    """The table of tools/benchmark/images.py."""
+def packing(_folder: Path, _rounds: int, _count: int) -> Found:
+    """What tools/benchmark/packing.py finds."""
+    import packing as benchmark
+
+    table, aim = benchmark.measure()
+    return [table], [aim]
+
+
+def images(folder: Path, rounds: int, _count: int) -> Found:
+    """What tools/benchmark/images.py finds."""
     import images as benchmark
 
-    return [*benchmark.table(folder, rounds), ""]
+    table, aims = benchmark.measure_all(folder, rounds)
+    return [table], aims
 
 
 PARTS = {part.__name__: part for part in (documents, samples, packing, images)}
-
-
-def machine() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].partition(":")[2].strip() if names else platform.machine()
-    load = " ".join(f"{x:.1f}" for x in os.getloadavg())
-    return f"{cpu}, one thread, torch {torch.__version__}; load {load}"
 
 
 def main() -> None:
@@ -371,6 +329,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=200_000, help="in the file that is read")
     parser.add_argument("--folder", type=Path, help="where files are written (default: the system's)")
     parser.add_argument("--out", type=Path, help="the tables go there as well")
+    add_json(parser)
     args = parser.parse_args()
     chosen = args.only.split(",") if args.only else list(PARTS)
     if unknown := [name for name in chosen if name not in PARTS]:
@@ -379,17 +338,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
-    lines = [machine(), extension_status(), ""]
-    print("\n".join(lines), flush=True)
+    result = Result(f"{machine()}; median of {args.rounds}; load {load()}; {extension_status()}")
+    print(result.setting, flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for name in chosen:
             # pictures are decoded by as many threads as there are cores
             os.sched_setaffinity(0, cores if name == "images" else cores[-1:])
-            found = PARTS[name](Path(folder), args.rounds, args.documents)
-            print("\n".join(found), flush=True)
-            lines += found
+            tables, aims = PARTS[name](Path(folder), args.rounds, args.documents)
+            print("\n".join(table.markdown() for table in tables), flush=True)
+            result.tables += tables
+            result.aims += aims
     if args.out:
-        args.out.write_text("\n".join(lines))
+        args.out.write_text(result.text())
+    result.write(args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What freezing saves: the time of a step with and without it, on this machine.
 
-    python tools/benchmark/frozen_parts.py [--rounds 9]
+    python tools/benchmark/frozen_parts.py [--rounds 9] [--json FILE]
 
 The peer freezes as training scripts commonly do: it computes every gradient and hands the optimizer only
 the parameters to be trained. Both sides see the same weights and batches and take turns; the gradients of
@@ -10,8 +10,7 @@ the trained parameters must agree.
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, Result, Table, load, machine, milliseconds, parser_of, timed
 
 from megamm.batch import IGNORE_INDEX, Batch
 from megamm.config import Recipe
@@ -135,8 +135,8 @@ def compare(ours: Side, peer: Side, rounds: int) -> tuple[float, float]:
     for name, gradient in ours.gradients().items():
         difference = float((gradient - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-12))
         assert difference <= 1e-5, (name, difference)
-    times = [(seconds(ours.step), seconds(peer.step)) for _ in range(rounds)]
-    return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
+    found = timed({"ours": ours.step, "peer": peer.step}, rounds, warm_up=0)  # (they have taken a step above)
+    return found["ours"], found["peer"]
 
 
 def every_position(decoder: Decoder) -> None:
@@ -149,21 +149,25 @@ def every_position(decoder: Decoder) -> None:
     decoder._losses = losses  # type: ignore[method-assign]
 
 
-def one_process(rounds: int) -> None:
+def one_process(rounds: int) -> list[tuple[str, float, float]]:
+    """(step, seconds of ours, of the peer): what is frozen known or not, then the output layer's share
+    alone."""
     torch.set_num_threads(2)
+    found = []
     for name, (model, frozen, labelled) in STEPS.items():
         recipe = recipe_of(model, **{"training.freeze": frozen})
         layout = groups.initialize(recipe.parallel, torch.device("cpu"), "gloo")
         ours = Side(recipe, layout, labelled)
         peer = Side(recipe_of(model), layout, labelled)
-        report(name, *compare(ours, peer, rounds))
+        found.append((name, *compare(ours, peer, rounds)))
+        report(*found[-1])
         peer = Side(recipe, layout, labelled)
         every_position(peer.models[0].language)  # type: ignore[arg-type]
-        report(
-            f"  output layer at the {labelled:.0%} of positions with loss, alone",
-            *compare(ours, peer, rounds),
-        )
+        head = f"- of which the output layer at the {labelled:.0%} of positions with loss, alone"
+        found.append((head, *compare(ours, peer, rounds)))
+        report(*found[-1])
     groups.shutdown()
+    return found
 
 
 def two_stages(rounds: int) -> tuple[float, float]:
@@ -177,22 +181,34 @@ def two_stages(rounds: int) -> tuple[float, float]:
     return compare(ours, peer, rounds)
 
 
+def over_two_stages(rounds: int) -> tuple[str, float, float]:
+    """`two_stages` in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+        files = run_processes(2, "frozen_parts:two_stages", {"rounds": rounds}, Path(folder), 600, env)
+        ours, peer = torch.load(files[0], weights_only=True)
+    return "Upper half of the decoder trained, two pipeline stages of one core each", ours, peer
+
+
+def table_of(rows: list[tuple[str, float, float]]) -> Table:
+    """The peer computes every gradient, and all positions where the output layer is looked at alone."""
+    table = Table("What knowing the frozen parts saves, fp32", ["step", "ours", "peer", "ratio"])
+    for name, ours, peer in rows:
+        table.add(name, milliseconds(ours), milliseconds(peer), f"{peer / ours:.2f}")
+    return table
+
+
 def report(name: str, ours: float, peer: float) -> None:
     print(f"{name}: {ours * 1e3:.0f} ms, peer {peer * 1e3:.0f} ms, ratio {peer / ours:.2f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each comparison (median)")
-    rounds = parser.parse_args().rounds
-    one_process(rounds)
-    with tempfile.TemporaryDirectory() as folder:
-        env = {"PYTHONPATH": str(Path(__file__).parent)}
-        files = run_processes(2, "frozen_parts:two_stages", {"rounds": rounds}, Path(folder), 600, env)
-        ours, peer = torch.load(files[0], weights_only=True)
-    report("Upper half of the decoder trained, 2 pipeline stages", ours, peer)
+    args = parser_of(__doc__, rounds=9).parse_args()
+    setting = f"{machine()}; median of {args.rounds} turns; load {load()}"
+    rows = one_process(args.rounds)
+    rows.append(over_two_stages(args.rounds))
+    report(*rows[-1])
+    Result(setting, [table_of(rows)]).write(args.json)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from common import Result, Table, add_json, load, machine
 from frozen_parts import Side, seconds
 
 from megamm.engine import groups
@@ -55,6 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7, help="turns of both sides (median)")
+    add_json(parser)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
     if not extension_built():
@@ -90,8 +92,12 @@ def main() -> None:
             times.append((fused, seconds(side.step)))
     fused, plain = (statistics.median(column) for column in zip(*times, strict=True))
     setting = f"{args.precision}, 4 x 256 positions, {torch.get_num_threads()} threads"
-    print(f"{size / 1e6:.0f}M parameters, {setting}: {fused * 1e3:.0f} ms, without the operators")
-    print(f"{plain * 1e3:.0f} ms, ratio {plain / fused:.2f}")
+    table = Table(f"{size / 1e6:.0f}M parameters, {setting}", ["operators", "ms per step", "plain / fused"])
+    table.add("fused", f"{fused * 1e3:.0f}", f"{plain / fused:.2f}")
+    table.add("plain torch", f"{plain * 1e3:.0f}", "1.00")
+    result = Result(f"{machine()}; median of {args.rounds}; load {load()}", [table])
+    print(result.text())
+    result.write(args.json)
     groups.shutdown()
 
 

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
+from common import Result, Table, add_json, machine
 
 from megamm.convert import import_checkpoint
 from megamm.inference import Decoding, Model, load
@@ -29,6 +31,10 @@ SIZES = {
     "100m": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
 }
 IMAGE, SPAN, VOCAB = 28, 4, 32001
+COLUMNS = [
+    *("batch", "beams", "prompt", "tokens/s", "transformers", "ratio"),
+    *("ms to the first token", "transformers", "ms per further token", "transformers"),
+]
 
 
 def make(size: str, folder: Path, positions: int) -> Path:
@@ -94,7 +100,7 @@ class Sides:
         return answers
 
 
-def compare(sides: Sides, batch: int, length: int, tokens: int, beams: int, rounds: int) -> str:
+def compare(sides: Sides, batch: int, length: int, tokens: int, beams: int, rounds: int) -> list[str]:
     """A row of the table."""
     ids, images = sides.ask(batch, length)
     names = ("megamm", "transformers")
@@ -113,12 +119,12 @@ def compare(sides: Sides, batch: int, length: int, tokens: int, beams: int, roun
     prefill = {name: median[name, 1] for name in names}
     decode = {name: (median[name, tokens] - median[name, 1]) / (tokens - 1) for name in names}
     rate = {name: batch * tokens / median[name, tokens] for name in names}
-    return (
-        f"| {batch} | {beams} | {length} | {rate['megamm']:.0f} | {rate['transformers']:.0f} "
-        f"| {rate['megamm'] / rate['transformers']:.2f} "
-        f"| {1e3 * prefill['megamm']:.0f} | {1e3 * prefill['transformers']:.0f} "
-        f"| {1e3 * decode['megamm']:.1f} | {1e3 * decode['transformers']:.1f} |"
-    )
+    return [
+        *(str(batch), str(beams), str(length), f"{rate['megamm']:.0f}", f"{rate['transformers']:.0f}"),
+        f"{rate['megamm'] / rate['transformers']:.2f}",
+        *(f"{1e3 * prefill[name]:.0f}" for name in names),
+        *(f"{1e3 * decode[name]:.1f}" for name in names),
+    ]
 
 
 def main() -> None:
@@ -132,23 +138,24 @@ def main() -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    add_json(parser)
     args = parser.parse_args()
     torch.set_num_threads(2)
+    result = Result(f"{machine()}; median of {args.rounds}; load {common.load()}")
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             directory = make(size, Path(folder), max(args.prompts) + args.tokens)
             checkpoint = import_checkpoint([directory], Path(folder) / "checkpoint")
             for dtype in args.dtype:
                 sides = Sides(directory, checkpoint, dtype)
-                print(f"\n{size}, {dtype}, {args.tokens} new tokens, 2 threads\n")
-                print("| batch | beams | prompt | tokens/s | transformers | ratio | ms to the first token "
-                      "| transformers | ms per further token | transformers |")  # fmt: skip
-                print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+                table = Table(f"{size}, {dtype}, {args.tokens} new tokens, 2 threads", COLUMNS)
                 for batch in args.batch:
                     for beams in args.beams if batch == 1 else [1]:
                         for length in args.prompts:
-                            row = compare(sides, batch, length, args.tokens, beams, args.rounds)
-                            print(row, flush=True)
+                            table.add(*compare(sides, batch, length, args.tokens, beams, args.rounds))
+                print(table.markdown(), flush=True)
+                result.tables.append(table)
+    result.write(args.json)
 
 
 if __name__ == "__main__":

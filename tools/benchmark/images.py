@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Aim, Result, Table, add_json, load, machine
 from PIL import Image
 
 SIZE, BATCH, SHARDS, CORES = 224, 32, 4, 2
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
+    add_json(parser)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
@@ -276,41 +278,61 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.folder, arguments.seconds)), flush=True)
         os._exit(0)  # loaders without end are not waited for
-    print(
-        "\n".join(
-            table(arguments.folder, arguments.rounds, arguments.images, arguments.seconds, arguments.only)
-        )
+    found, aims = measure_all(
+        arguments.folder, arguments.rounds, arguments.images, arguments.seconds, arguments.only
     )
+    result = Result(f"{machine()}; median of {arguments.rounds}; load {load()}", [found], aims)
+    print(result.text())
+    result.write(arguments.json)
 
 
-def table(
+def measure_all(
     folder: Path,
     rounds: int = 3,
     images: int = 256,
     seconds: float = 5.0,
     contenders: Sequence[str] = tuple(CONTENDERS),
-) -> list[str]:
-    """The lines of the table, after `rounds` turns of each contender in processes of their own."""
+) -> tuple[Table, list[Aim]]:
+    """The table and the aim, after `rounds` turns of each contender in processes of their own; every second
+    one in the other order."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders if is_there(name)}
     with tempfile.TemporaryDirectory(dir=folder) as made:
         write_pictures(Path(made), images)
-        for _ in range(rounds):
-            for name, turns in found.items():
+        for turn in range(rounds):
+            for name in found if turn % 2 == 0 else reversed(found):
+                turns = found[name]
                 turns.append(measure_apart(name, Path(made), seconds))
                 print(f"{name}: {turns[-1]['images_per_s']:.0f} images/s", file=sys.stderr, flush=True)
     speeds = {name: [each["images_per_s"] for each in all_] for name, all_ in found.items()}
     base = statistics.median(next(iter(speeds.values())))
-    lines = [
-        f"| JPEG 640 x 480 to float CHW {SIZE} | images/s (from - to) | ratio | levels off, mean | worst |",
-        "|---|---|---|---|---|",
-    ]
+    columns = [f"JPEG 640 x 480 to float CHW {SIZE}", "images/s (from - to)", "ratio"]
+    table = Table("", [*columns, "levels off, mean", "worst"])
     for name, turns_of in speeds.items():
         middle, last = statistics.median(turns_of), found[name][-1]
-        lines.append(
-            f"| {name} | {middle:.0f} ({min(turns_of):.0f} - {max(turns_of):.0f}) | {middle / base:.2f} "
-            f"| {last['mean_levels']:.2f} | {last['worst_levels']:.2f} |"
+        range_of = f"{middle:.0f} ({min(turns_of):.0f} - {max(turns_of):.0f})"
+        levels = f"{last['mean_levels']:.2f}", f"{last['worst_levels']:.2f}"
+        table.add(name, range_of, f"{middle / base:.2f}", *levels)
+    for name in contenders:
+        if name not in found:
+            table.add(name, "not installed", "", "", "")
+    return table, aims_of({name: statistics.median(each) for name, each in speeds.items()}, found)
+
+
+def aims_of(speeds: dict[str, float], found: dict[str, list[dict[str, float]]]) -> list[Aim]:
+    """Twice torch's DataLoader by the DALI path; nothing where one of them was left out."""
+    ours, peer = "megamm dali, 2 workers", "torch DataLoader + Pillow, 2 workers"
+    if ours not in speeds or peer not in speeds:
+        return []
+    ratio, levels = speeds[ours] / speeds[peer], found[ours][-1]["mean_levels"]
+    return [
+        Aim(
+            f"JPEG 640 x 480 to {SIZE} float CHW, DALI path",
+            f">= 2 times DataLoader, <= {TOLERANCE:g}/255 off",
+            f"{speeds[ours]:.0f} images/s, {ratio:.2f} times, {levels:.2f}/255",
+            f"{peer} {speeds[peer]:.0f} images/s",
+            ratio >= 2 and levels <= TOLERANCE,
         )
-    return lines + [f"| {name} | not installed | | | |" for name in contenders if name not in found]
+    ]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from common import Result, Table, add_json, load
 from ops import copy_bandwidth, keep_freed_memory, machine_name, seconds_of
 
 WIDTH = 1024
@@ -32,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--millions", type=int, default=64, help="parameters")
+    add_json(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     keep_freed_memory()
@@ -49,9 +51,12 @@ def main() -> None:
     def norm() -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
-    print(f"{machine_name(args.device)}; {len(parameters)} tensors, {size / 4e6:.0f}M parameters, fp32")
+    setting = f"{machine_name(args.device)}; {len(parameters)} tensors, {size / 4e6:.0f}M parameters, fp32"
+    print(setting)
     bandwidth = copy_bandwidth(256 << 20, args.device)
     print(f"plain copy: {bandwidth / 1e9:.1f} GB/s")
+    copy = f"plain copy: {bandwidth / 1e9:.1f} GB/s"
+    table = Table(copy, ["what", "ms", "GB/s", "% of the copy"])
     for name, run, num_bytes in (
         ("fused AdamW (4 read, 3 written)", adamw, 7 * size),
         ("norm of all gradients (1 read)", norm, size),
@@ -59,6 +64,8 @@ def main() -> None:
         seconds = min(seconds_of(run, args.device) for _ in range(7))
         rate = num_bytes / seconds
         print(f"{name}: {seconds * 1e3:.1f} ms, {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the copy")
+        table.add(name, f"{seconds * 1e3:.1f}", f"{rate / 1e9:.1f}", f"{100 * rate / bandwidth:.0f}")
+    Result(f"{setting}; load {load()}", [table]).write(args.json)
 
 
 if __name__ == "__main__":

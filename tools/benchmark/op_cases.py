@@ -77,9 +77,10 @@ class Case:
 _GRADIENTS: dict[tuple[str, str], list[Tensor]] = {}
 
 
-def CASES(device: str) -> list[Case]:
-    """All cases, at sizes that fit the device: several times what its caches hold."""
-    tokens = 4096 if device == "cpu" else 16384
+def CASES(device: str, tokens: int | None = None) -> list[Case]:
+    """All cases, at sizes that fit the device: several times what its caches hold, unless `tokens` is
+    given."""
+    tokens = tokens or (4096 if device == "cpu" else 16384)
     vocab = 32000
     return [
         _rms_norm(tokens, 4096),

@@ -19,13 +19,14 @@ import ctypes
 import importlib.util
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import common
 import torch
+from common import Table, add_json, cpu_name, load
 from op_cases import CASES, Case, Side
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,28 +163,28 @@ def _widened(inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.T
 # --- the report -----------------------------------------------------------------------------------------
 
 
-def print_table(results: list[Result], bandwidth: float) -> None:
-    print(f"plain copy: {bandwidth / 1e9:.1f} GB/s\n")
+def table_of(results: list[Result], bandwidth: float) -> Table:
+    """All sides of all cases."""
     columns = ["op", "shape", "dtype", "side", "forward us", "backward us", "both us"]
     columns += ["GB/s forward", "GB/s backward", "% of copy", "eager / side"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    table = Table(f"plain copy: {bandwidth / 1e9:.1f} GB/s", columns)
     for result in results:
         case, size = result.case, DTYPES[result.dtype].itemsize
         eager = result.of(EAGER)
         for row in result.rows:
-            start = f"| {case.name} | {case.shape} | {result.dtype} | {row.side} {row.note} |"
+            start = case.name, case.shape, result.dtype, f"{row.side} {row.note}".strip()
             if row.both == math.inf:
-                print(f"{start} {row.note} | | | | | | |")
+                table.add(*start, *[""] * 7)
                 continue
             backward = max(row.both - row.forward, 1e-9)
             forward_rate = case.forward_elements * size / row.forward
             backward_rate = case.backward_elements * size / backward
             rate = (case.forward_elements + case.backward_elements) * size / row.both
-            print(
-                f"{start} {row.forward * 1e6:,.0f} | {backward * 1e6:,.0f} | {row.both * 1e6:,.0f}"
-                f" | {forward_rate / 1e9:,.1f} | {backward_rate / 1e9:,.1f} | {100 * rate / bandwidth:.0f}"
-                f" | {eager.both / row.both:.2f} |"
-            )
+            micros = (f"{seconds * 1e6:,.0f}" for seconds in (row.forward, backward, row.both))
+            rates = (f"{value / 1e9:,.1f}" for value in (forward_rate, backward_rate))
+            ratio = f"{eager.both / row.both:.2f}"
+            table.add(*start, *micros, *rates, f"{100 * rate / bandwidth:.0f}", ratio)
+    return table
 
 
 def draw(results: list[Result], path: Path, machine: str) -> None:
@@ -215,9 +216,8 @@ def draw(results: list[Result], path: Path, machine: str) -> None:
 def machine_name(device: str) -> str:
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].partition(":")[2].strip() if names else platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -232,13 +232,14 @@ def main() -> None:
         "--no-compile", action="store_true", help="leave torch.compile out (it takes a while)"
     )
     parser.add_argument("--picture", type=Path)
+    add_json(parser)
     args = parser.parse_args()
     if args.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib (pip install matplotlib)")
     torch.manual_seed(0)
     keep_freed_memory()
     dtypes = (args.dtypes or ("fp32,bf16" if args.device == "cpu" else "bf16")).split(",")
-    print(f"{machine_name(args.device)}; load {' '.join(f'{x:.1f}' for x in os.getloadavg())}")
+    print(f"{machine_name(args.device)}; load {load()}")
     bandwidth = copy_bandwidth(256 << 20, args.device)
     results = []
     for case in CASES(args.device):
@@ -246,7 +247,9 @@ def main() -> None:
             continue
         for name in dtypes:
             results.append(measure(case, DTYPES[name], args.device, args.rounds, not args.no_compile))
-    print_table(results, bandwidth)
+    found = common.Result(f"{machine_name(args.device)}; load {load()}", [table_of(results, bandwidth)])
+    print(found.tables[0].markdown())
+    found.write(args.json)
     if args.picture:
         draw(results, args.picture, machine_name(args.device))
 

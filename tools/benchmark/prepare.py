@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import Result, Table, add_json, load, machine
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +162,7 @@ def opening(out: Path) -> dict[str, float]:
     return found
 
 
-def run(args: argparse.Namespace, folder: Path) -> None:
+def run(args: argparse.Namespace, folder: Path) -> Result:
     names = write_pictures(folder / "images")
     write_source(folder / "source.json", args.samples, names)
     tokenizer = args.tokenizer
@@ -172,8 +173,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         tokenizer = folder / "tokenizer"
         train_tokenizer_from_sources([folder / "few.json"], "llava", tokenizer, VOCAB_SIZE, "vicuna")
     size = (folder / "source.json").stat().st_size
-    print(f"{args.samples} samples, {size / 1e6:.0f} MB of JSON, image checks {args.image_checks},")
-    print(f"{os.cpu_count()} cores, load {' '.join(f'{x:.1f}' for x in os.getloadavg())}", flush=True)
+    setting = f"{args.samples} samples, {size / 1e6:.0f} MB of JSON, image checks {args.image_checks}"
+    columns = ["workers", "samples/s", "seconds", "memory in the first tenth", "at most"]
+    result = Result(f"{machine()}; {setting}; load {load()}", [Table("", columns)])
+    print(result.setting, flush=True)
     first, seconds = folder / f"out{args.workers[0]}", 0.0
     for workers in args.workers:
         out = folder / f"out{workers}"
@@ -183,19 +186,27 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             f"memory {early / 1e6:.0f} MB in the first tenth, {peak / 1e6:.0f} MB at most",
             flush=True,
         )
+        rate, sizes = f"{args.samples / seconds:,.0f}", (f"{x / 1e6:.0f} MB" for x in (early, peak))
+        result.tables[0].add(workers, rate, f"{seconds:.1f}", *sizes)
         if out != first:
             assert_equal(first, out)
             shutil.rmtree(out)
     for _ in range(2):  # the second time from the page cache
         found = opening(first)
-    print(f"opening {found['opened'] * 1000:.0f} ms, {found['read']:.0f} random samples/s read and verified")
+    opened = (
+        f"opening {found['opened'] * 1000:.0f} ms, {found['read']:,.0f} random samples/s read and verified"
+    )
+    print(opened)
     draw, killed, out = random.Random(args.seed), 0, folder / "killed"
     for _ in range(args.kills):
         wait = draw.uniform(STARTUP_S, max(STARTUP_S, seconds / args.kills))
         killed += kill_after(start(folder, out, tokenizer, args.workers[-1], args.image_checks), wait)
     assert start(folder, out, tokenizer, args.workers[-1], args.image_checks).wait() == 0
     assert_equal(first, out)
-    print(f"killed {killed} times and started again: the same bytes")
+    again = f"killed {killed} times and started again: the same bytes"
+    print(again)
+    result.tables[0].note = f"{opened}; {again}."
+    return result
 
 
 def main() -> None:
@@ -211,9 +222,10 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where files are written (default: the system's for such)"
     )
+    add_json(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        run(args, Path(folder))
+        run(args, Path(folder)).write(args.json)
 
 
 if __name__ == "__main__":

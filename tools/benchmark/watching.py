@@ -12,6 +12,7 @@ steps each, on the same weights; both must end with the same bits.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, Result, Table, add_json, load, machine
 from frozen_parts import Side, recipe_of
 
 from megamm.engine import groups
@@ -110,11 +112,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=12, help="turns of each side (median)")
-    rounds = parser.parse_args().rounds
+    add_json(parser)
+    args_of = parser.parse_args()
+    rounds = args_of.rounds
+    columns = ["layout", "ms per step", "without", "ratio", "of neighbouring turns", "quartiles"]
+    result = Result(f"{machine()}; median of {rounds}; load {load()}", [Table("", columns)])
     for name, (processes, overrides) in LAYOUTS.items():
         args = {"rounds": rounds, "threads": 2 // processes, "overrides": overrides}
         with tempfile.TemporaryDirectory() as folder:
-            env = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": str(2 // processes)}
+            path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+            env = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(2 // processes)}
             files = run_processes(processes, "watching:compare", args, Path(folder), 1200, env)
             watched, bare = torch.load(files[0], weights_only=True)
         ratios = [a / b for a, b in zip(watched, bare, strict=True)]
@@ -125,6 +132,10 @@ def main() -> None:
             f"(of neighbouring turns {middle:.3f}, quartiles {low:.3f} to {high:.3f})",
             flush=True,
         )
+        pair = (f"{value * 1e3:.1f}" for value in (with_it, without))
+        quartiles = f"{low:.3f} to {high:.3f}"
+        result.tables[0].add(name, *pair, f"{with_it / without:.3f}", f"{middle:.3f}", quartiles)
+    result.write(args_of.json)
 
 
 if __name__ == "__main__":
