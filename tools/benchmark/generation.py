@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from common import Result, Table, add_json, machine
+from common import Aim, Result, Table, load, machine, milliseconds, parser_of, timed
 
 from megamm.convert import import_checkpoint
-from megamm.inference import Decoding, Model, load
+from megamm.inference import Decoding, Model
+from megamm.inference import load as load_model
 from megamm.inference.search import Vocabulary
 
 SIZES = {
@@ -65,7 +65,7 @@ class Sides:
 
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         self.theirs: Any = LlavaForConditionalGeneration.from_pretrained(directory, dtype=kind).eval()
-        self.ours: Model = load(checkpoint, "cpu", dtype, image_token_id=VOCAB - 1)  # type: ignore[arg-type]
+        self.ours: Model = load_model(checkpoint, "cpu", dtype, image_token_id=VOCAB - 1)  # type: ignore[arg-type]
         self.dtype = kind
 
     def ask(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,61 +100,77 @@ class Sides:
         return answers
 
 
-def compare(sides: Sides, batch: int, length: int, tokens: int, beams: int, rounds: int) -> list[str]:
-    """A row of the table."""
+def compare(sides: Sides, batch: int, length: int, tokens: int, beams: int, rounds: int) -> list[float]:
+    """Of megamm and of transformers: tokens/s, seconds to the first token, seconds of a further one."""
     ids, images = sides.ask(batch, length)
+    answers: dict[str, list[list[int]]] = {}
+
+    def answer(name: str, count: int) -> Callable[[], None]:
+        def run() -> None:
+            answers[name] = getattr(sides, name)(ids, images, count, beams)
+
+        return run
+
     names = ("megamm", "transformers")
-    seconds: dict[tuple[str, int], list[float]] = {(n, t): [] for n in names for t in (1, tokens)}
-    answers = {}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name in names if turn % 2 else reversed(names):
-            for count in (1, tokens):
-                started = time.perf_counter()
-                answers[name] = getattr(sides, name)(ids, images, count, beams)
-                if turn:
-                    seconds[name, count].append(time.perf_counter() - started)
+    median = timed(
+        {f"{name} {count}": answer(name, count) for name in names for count in (1, tokens)}, rounds
+    )
     if sides.dtype == torch.float32:
         assert answers["megamm"] == answers["transformers"], "the answers differ"
-    median = {key: statistics.median(times) for key, times in seconds.items()}
-    prefill = {name: median[name, 1] for name in names}
-    decode = {name: (median[name, tokens] - median[name, 1]) / (tokens - 1) for name in names}
-    rate = {name: batch * tokens / median[name, tokens] for name in names}
-    return [
-        *(str(batch), str(beams), str(length), f"{rate['megamm']:.0f}", f"{rate['transformers']:.0f}"),
-        f"{rate['megamm'] / rate['transformers']:.2f}",
-        *(f"{1e3 * prefill[name]:.0f}" for name in names),
-        *(f"{1e3 * decode[name]:.1f}" for name in names),
-    ]
+    found = []
+    for name in names:
+        first, all_of_them = median[f"{name} 1"], median[f"{name} {tokens}"]
+        found += [batch * tokens / all_of_them, first, (all_of_them - first) / (tokens - 1)]
+    return found
+
+
+COLUMNS = ["batch", "beams", "prompt", "tokens/s", "transformers", "ratio"]
+COLUMNS += ["to the first token", "transformers", "each further token", "transformers"]
+
+
+def table_of(sides: Sides, title: str, args: argparse.Namespace) -> tuple[Table, list[float]]:
+    """A row for each setting, and the ratios of tokens per second."""
+    table, ratios = Table(title, COLUMNS), []
+    for batch in args.batch:
+        for beams in args.beams if batch == 1 else [1]:
+            for length in args.prompts:
+                ours, first, further, theirs, their_first, their_further = compare(
+                    sides, batch, length, args.tokens, beams, args.rounds
+                )
+                ratios.append(ours / theirs)
+                seconds = (first, their_first, further, their_further)
+                cells = [f"{ours:.0f}", f"{theirs:.0f}", f"{ratios[-1]:.2f}", *map(milliseconds, seconds)]
+                table.add(batch, beams, length, *cells)
+                print("  ".join(table.rows[-1]), flush=True)
+    return table, ratios
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    add_json(parser)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    result = Result(f"{machine()}; median of {args.rounds}; load {common.load()}")
+    result, ratios = Result(f"{machine()}; median of {args.rounds} turns; load {load()}"), []
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             directory = make(size, Path(folder), max(args.prompts) + args.tokens)
             checkpoint = import_checkpoint([directory], Path(folder) / "checkpoint")
             for dtype in args.dtype:
-                sides = Sides(directory, checkpoint, dtype)
-                table = Table(f"{size}, {dtype}, {args.tokens} new tokens, 2 threads", COLUMNS)
-                for batch in args.batch:
-                    for beams in args.beams if batch == 1 else [1]:
-                        for length in args.prompts:
-                            table.add(*compare(sides, batch, length, args.tokens, beams, args.rounds))
-                print(table.markdown(), flush=True)
+                title = f"{size}, {dtype}, {args.tokens} new tokens"
+                print(title, flush=True)
+                table, found = table_of(Sides(directory, checkpoint, dtype), title, args)
                 result.tables.append(table)
+                ratios += found
+    middle, slowest = statistics.median(ratios), min(ratios)
+    words = f"{middle:.2f} times (median of {len(ratios)} settings; {slowest:.2f} to {max(ratios):.2f})"
+    result.aims.append(
+        Aim("generation with a cache", ">= 1 times transformers", words, "generate", middle >= 1)
+    )
     result.write(args.json)
 
 
