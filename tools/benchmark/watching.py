@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Training(Side):
         self.optimizer = build_optimizer(self.wrapped, self.recipe, layout)
         self.schedule = build_schedule(self.optimizer, self.recipe.optimizer, 10_000)
         self.batches = self.batches[: len(self.batches) // layout.dp_size]
+        # no save is under way, for which an update would have to wait
+        self.checkpoints = SimpleNamespace(before_update=lambda: None)
         self.policy, self.done = AnomalyPolicy(self.recipe.anomalies), 0
 
     def bare(self) -> float:
