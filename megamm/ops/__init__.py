@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from typing import Any
 
 import torch
 
@@ -53,3 +54,12 @@ def fused_devices(operator: str) -> frozenset[str]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     found = {d for d in ("cpu", "cuda") if has_kernel(f"megamm::{operator}", d.upper())}
     return frozenset(found | {"meta"} if found else found)
+
+
+def call(operator: Any, *args: Any) -> Any:
+    """An operator of the extension. Where no gradient is wanted it is called below autograd, whose half in
+    Python takes longer than the kernel does for a few tokens."""
+    if torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 
-from megamm.ops import fused_devices
+from megamm.ops import call, fused_devices
 from megamm.ops.layer_norm import layer_norm, layer_norm_ref
 from megamm.ops.rms_norm import FUSED_DTYPES, rms_norm, rms_norm_ref
 
@@ -40,7 +40,7 @@ def gated_residual(
     """
     rows = _checked_rows(x, branch, gate, keep)
     if _is_fused(x, branch, gate):
-        return torch.ops.megamm.gated_residual(x, branch, gate, rows)
+        return call(torch.ops.megamm.gated_residual, x, branch, gate, rows)
     return gated_residual_ref(x, branch, gate, rows)
 
 
@@ -59,7 +59,7 @@ def gated_residual_rms_norm(
     """
     if _is_fused(x, branch, gate, weight):
         rows = _checked_rows(x, branch, gate, keep)
-        total, y, _ = torch.ops.megamm.gated_residual_rms_norm(x, branch, gate, rows, weight, eps)
+        total, y, _ = call(torch.ops.megamm.gated_residual_rms_norm, x, branch, gate, rows, weight, eps)
     else:
         total = gated_residual(x, branch, gate, keep)
         y = rms_norm(total, weight, eps)
@@ -78,7 +78,9 @@ def gated_residual_layer_norm(
     """(y, sum): gated_residual, and the layer norm of its result; else as gated_residual_rms_norm."""
     if _is_fused(x, branch, gate, weight) and weight.dtype == bias.dtype:
         rows = _checked_rows(x, branch, gate, keep)
-        total, y, _, _ = torch.ops.megamm.gated_residual_layer_norm(x, branch, gate, rows, weight, bias, eps)
+        total, y, _, _ = call(
+            torch.ops.megamm.gated_residual_layer_norm, x, branch, gate, rows, weight, bias, eps
+        )
     else:
         total = gated_residual(x, branch, gate, keep)
         y = layer_norm(total, weight, bias, eps)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megamm.ops import fused_devices
+from megamm.ops import call, fused_devices
 from megamm.ops.rms_norm import FUSED_DTYPES
 
 _FUSED_DEVICES = fused_devices("layer_norm")
@@ -46,7 +46,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         and weight.dtype == bias.dtype
         and weight.dtype in (x.dtype, torch.float32)
     ):
-        return torch.ops.megamm.layer_norm(x, weight, bias, eps)[0]
+        return call(torch.ops.megamm.layer_norm, x, weight, bias, eps)[0]
     return layer_norm_ref(x, weight, bias, eps)
 
 

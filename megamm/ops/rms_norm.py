@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 
-from megamm.ops import fused_devices
+from megamm.ops import call, fused_devices
 
 _FUSED_DEVICES = fused_devices("rms_norm")
 FUSED_DTYPES = {  # of the norms and gates that share csrc/common/norm.h
@@ -40,7 +40,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     _check_weight("rms_norm", x, weight)
     if _is_fused(x, weight):
-        return torch.ops.megamm.rms_norm(x, weight, eps)[0]
+        return call(torch.ops.megamm.rms_norm, x, weight, eps)[0]
     return rms_norm_ref(x, weight, eps)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import torch
 
-from megamm.ops import fused_devices
+from megamm.ops import call, fused_devices
 
 _FUSED_DEVICES = fused_devices("rope")
 _FUSED_DTYPES = {
@@ -94,7 +94,7 @@ def rope_qkv(
     _check(qkv, qkv, table, positions, head_dim)
     if _is_fused(qkv, qkv, table):
         positions = None if positions is None else positions.long()
-        return torch.ops.megamm.rope_qkv(qkv, head_dim, table, positions)
+        return call(torch.ops.megamm.rope_qkv, qkv, head_dim, table, positions)
     return rope_qkv_ref(qkv, head_dim, table, positions)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megamm.ops import fused_devices
+from megamm.ops import call, fused_devices
 
 _FUSED_DEVICES = fused_devices("swiglu")
 _FUSED_DTYPES = {
@@ -42,7 +42,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
         )
     device = x.device.type
     if device in _FUSED_DEVICES and x.dtype in _FUSED_DTYPES[device]:
-        return torch.ops.megamm.swiglu(x)
+        return call(torch.ops.megamm.swiglu, x)
     return swiglu_ref(x)
 
 
