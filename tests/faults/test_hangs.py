@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from megamm.errors import RankLost
 from megamm.training.watchdog.beat import Alarm, Beat
 from megamm.training.watchdog.slow_ranks import _outlier
 from megamm.training.watchdog.verdict import judge
-from megamm.training.watchdog.watchdog import INTERVAL_S, Awake
+from megamm.training.watchdog.watchdog import INTERVAL_S, Awake, Watchdog
 from megamm.training.watchdog.whereabouts import Whereabouts
 from tests.faults.inject import fault
 from tests.faults.launches import LAYOUTS as LAUNCHED
@@ -182,6 +184,44 @@ def test_a_stopped_rank_is_named_and_all_end(rank: int, layout: str, tmp_path: P
     # (a rank that has only begun a step does not know its samples yet)
     assert "samples " in sentence or rank == 0 or ", in data of step " in sentence
     assert run(recipe, tmp_path / "log", "--training.steps=4", layout, processes=2) in (0, 2)
+
+
+class Silence:
+    """A board on which the other rank has left nothing."""
+
+    def get(self, rank: int) -> None:
+        return None
+
+    def raise_alarm(self, alarm: Alarm) -> Alarm:
+        return alarm
+
+
+def test_a_rank_that_stops_before_its_first_sign_of_life_is_silent() -> None:
+    watchdog: Any = object.__new__(Watchdog)
+    settings = SimpleNamespace(silent_s=4.0, stuck_s=100.0)
+    watchdog._recipe = SimpleNamespace(watchdog=settings, parallel=SimpleNamespace(timeout_s=600))
+    watchdog._here = SimpleNamespace(mark=lambda: 0, longest_step=None, phase="data")
+    watchdog._rank, watchdog._size, watchdog._board = 0, 2, Silence()
+    watchdog._everyone = [Beat(rank, "here", 1 + rank, 0) for rank in range(2)]
+    watchdog._stuck, watchdog._silent = Awake(), Awake()
+    alarms = [watchdog._own_alarm(1.0) for _ in range(7)]
+    assert alarms[:5] == [None] * 5 and alarms[6].silent == 1
+
+
+@pytest.mark.faults
+def test_a_rank_that_stops_at_once_is_named(tmp_path: Path, recipe: Path) -> None:
+    """In the first second, before it has told anybody that it lives."""
+    process = start(recipe, tmp_path / "log", *LONG, LAYOUTS[0], "--watchdog.silent_s=4", processes=2)
+    assert isinstance(process, Ranks)
+    try:
+        wait_for_step(tmp_path / "run", 1, process)
+        os.kill(process.pids[1], signal.SIGSTOP)
+        process.wait(60)
+        codes = [fork.wait(30) for fork in process.forks]
+    finally:
+        kill(process)
+    assert codes[0] == RankLost.exit_code
+    assert_named(tmp_path / "run", tmp_path / "log", 1)
 
 
 @pytest.mark.faults

@@ -135,9 +135,9 @@ class Watchdog:
         if self._size == 1:
             return None
         neighbour = (self._rank + 1) % self._size
-        beat = self._board.get(neighbour)
-        silent = self._silent.see(beat and beat.number, elapsed)
-        if beat is None or beat.has_left or silent <= self._recipe.watchdog.silent_s:
+        beat = self._board.get(neighbour) or self._everyone[neighbour]  # it may stop before its first sign
+        silent = self._silent.see(beat.number, elapsed)
+        if beat.has_left or silent <= self._recipe.watchdog.silent_s:
             return None
         return self._board.raise_alarm(Alarm(self._rank, neighbour, silent, _folder_name()))
 
