@@ -32,6 +32,7 @@ from megamm.layers.backend import backend_by_name
 from megamm.layers.cache import DecodingCache
 from megamm.layers.context import context_slice
 from megamm.layers.cross_attention import GatedCrossAttention, MediaMask
+from megamm.layers.linear import ColumnLinear
 from megamm.layers.lora import Adapters, DropoutKeys, adapted_targets, position_keys, with_adapters
 from megamm.layers.norms import RMSNorm
 from megamm.layers.recompute import recomputed
@@ -95,6 +96,18 @@ class DecoderLayer(TransformerLayer):
             hidden_states = self.gated_cross_attention(hidden_states, context, context_mask)
         hidden_states, _ = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return hidden_states, context
+
+    def decode_next(
+        self, hidden_states: torch.Tensor, table: torch.Tensor, mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """[1, B, H] of one further token of each row: what `forward` does with a cache, without what
+        megatron's layer does for training, which takes longer than the products."""
+        if self.gated_cross_attention is not None:
+            hidden_states = self.gated_cross_attention(hidden_states, None, None)
+        attended = self.self_attention.decode_next(self.input_layernorm(hidden_states), table, mask)
+        total = self._add_and_norm(attended, hidden_states, 0.0)
+        out, bias = self.mlp(self._forward_pre_mlp_layernorm(total))
+        return total + out if bias is None else total + (out + bias)
 
     def _add_and_norm(
         self,
@@ -271,6 +284,8 @@ class Decoder(GPTModel):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        if post_process and backend_name == "local":
+            self.output_layer.__class__ = ColumnLinear  # GPTModel takes no other class for it
         self._fp8 = config.fp8
         self.valid_vocab_size = language.vocab_size
         self.packs_thd = backend_name == "te"
@@ -297,6 +312,21 @@ class Decoder(GPTModel):
             yield layer.self_attention
             if layer.gated_cross_attention is not None:
                 yield layer.gated_cross_attention.attention
+
+    def decode_next(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """One further token of each row, within `caching`: [1, B, H] embeddings, or what the stage before has
+        sent, to [B, 1, V / tp] logits, on earlier stages to [1, B, H]."""
+        cache = self.cache
+        assert cache is not None and not self.packs_thd
+        table, mask = self._cached_table(cache), cache.mask
+        for layer in self.decoder.layers:
+            hidden_states = layer.decode_next(hidden_states, table, mask)
+        if not self.post_process:
+            return hidden_states
+        is_tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if is_tied else None
+        logits, _ = self.output_layer(self.decoder.final_layernorm(hidden_states), weight=weight)
+        return logits.transpose(0, 1)
 
     def train(self, mode: bool = True) -> Decoder:
         """Training or evaluation; the latter in bf16: sequences of any length do not fit FP8's kernels, and

@@ -31,6 +31,20 @@ class RotarySelfAttention(SelfAttention):
         self._table = None
         return found
 
+    def decode_next(
+        self, hidden_states: torch.Tensor, table: torch.Tensor, mask: Optional[torch.Tensor]
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """As `forward` with a cache, for [1, B, H] of one further token of each row.
+
+        Args:
+            mask: [B, 1, 1, K] bool, True for what is not attended to.
+        """
+        self._table = table
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        self._table = None
+        out, bias = self.linear_proj(self.core_attention(query, key, value, mask))
+        return out, bias
+
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

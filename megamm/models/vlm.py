@@ -178,13 +178,9 @@ class VisionLanguageModel(MegatronModule, ABC):
         """
         cache = self.language.cache
         assert cache is not None and not cache.is_prompt
-        ids = input_ids[:, None]
-        return self.language(
-            input_ids=ids,
-            position_ids=None,
-            attention_mask=cache.mask,
-            decoder_input=self.language.embed(ids, cache.lengths[:, None]) if self.pre_process else None,
-        )
+        if self.pre_process:
+            return self.language.decode_next(self.language.embed(input_ids[:, None], cache.lengths[:, None]))
+        return self.language.decode_next(self.language.decoder.input_tensor)
 
     def own_labels(self, batch: Batch) -> torch.Tensor:
         """[B, S / C] labels of this rank's part of the sequence under context parallelism."""

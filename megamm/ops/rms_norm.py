@@ -69,7 +69,7 @@ def rms_norm_add(
             f" x is {x.dtype} {list(x.shape)}"
         )
     if _is_fused(x, weight) and residual.device == x.device:
-        y, total, _ = torch.ops.megamm.rms_norm_add(x, residual, weight, eps)
+        y, total, _ = call(torch.ops.megamm.rms_norm_add, x, residual, weight, eps)
         return y, total
     return rms_norm_add_ref(x, residual, weight, eps)
 

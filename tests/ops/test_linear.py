@@ -62,6 +62,18 @@ def test_linear(bias: bool, trained: bool, rows: tuple[int, ...], by_fp32: bool)
             assert_near(one, other)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 64, 65])
+@pytest.mark.parametrize("features", [40, 2500])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_few_rows(rows: int, features: int, bias: bool) -> None:
+    x, weight = torch.randn(1, rows, 24), torch.randn(features, 24)
+    b = torch.randn(features) if bias else None
+    found = linear(x, weight, b)
+    assert found.shape == (1, rows, features) and found.is_contiguous()
+    torch.testing.assert_close(found, F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention(is_causal: bool, scale: float | None, by_fp32: bool) -> None:

@@ -84,9 +84,9 @@ PARTS: Mapping[str, Part] = {
     ),
     "checkpoint": Part(
         "checkpoint.py",
-        ["--rounds", "2", "--ranks", "1"],
+        ["--rounds", "4", "--ranks", "1"],
         ["--rounds", "1", "--ranks", "1", "--small"],
-        150, 1, ["checkpoint save", "training stands still"],
+        200, 1, ["checkpoint save", "training stands still"],
     ),
     "step": Part(
         "step.py",
