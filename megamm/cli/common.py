@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +25,18 @@ def add_command(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """The recipe, and what is said of it on the command line."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help=help_text)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="--a.b=c",
+        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, add_json, positive, print_json
+from megamm.cli.common import add_command, add_json, add_recipe, positive, print_json
 from megamm.cli.decoding import add_decoding
 from megamm.cli.launched import end_with_launcher
 from megamm.errors import InputError
@@ -43,14 +43,7 @@ def add_parsers(commands: Any) -> None:
         "megamm evaluate examples/llava15_13b/instruct.yaml --checkpoint runs/llava --task pope"
         " --data POPE/output/coco --images coco --out pope.jsonl",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of the model")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="--a.b=c",
-        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
-    )
+    add_recipe(parser, "recipe of the model")
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="CKPT", help="checkpoint or run directory"
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamm.cli.common import add_command, add_json, positive_number, print_json
+from megamm.cli.common import add_command, add_json, add_recipe, positive_number, print_json
 
 if TYPE_CHECKING:
     from megamm.parity.compare import Divergence
@@ -27,14 +27,7 @@ def add_parsers(commands: Any) -> None:
         "compare one training step of parallel layouts with that of one process, and name what differs",
         "megamm parity examples/quickstart/llava.yaml --layouts tp2,pp2,tp2pp2sp",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of a stage")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="--a.b=c",
-        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
-    )
+    add_recipe(parser, "YAML file of a stage")
     parser.add_argument(
         "--layouts",
         required=True,

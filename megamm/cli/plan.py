@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, add_json, positive, positive_number, print_json
+from megamm.cli.common import add_command, add_json, add_recipe, positive, positive_number, print_json
 from megamm.errors import InputError
 
 JSON_KEYS = """
@@ -39,14 +38,7 @@ def add_parsers(commands: Any) -> None:
         "megamm plan examples/quickstart/llava.yaml --gpus 8 --gpu a100-80gb",
     )
     parser.epilog = f"{parser.epilog}\n{JSON_KEYS}"
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the stage")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="--a.b=c",
-        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
-    )
+    add_recipe(parser, "YAML file of the stage")
     parser.add_argument(
         "--gpus",
         type=positive,

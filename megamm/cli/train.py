@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from megamm.cli.common import add_command, positive
+from megamm.cli.common import add_command, add_recipe, positive
 from megamm.cli.launched import run_as_rank
 from megamm.errors import InputError
 from megamm.recipe_presets import PRESETS
@@ -22,14 +21,7 @@ def add_parsers(commands: Any) -> None:
         "train one stage of a recipe, in one process or under torchrun or srun",
         "torchrun --nproc-per-node 2 -m megamm train examples/quickstart/llava.yaml --parallel.tensor=2",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file of the stage")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="--a.b=c",
-        help="values that replace those of the recipe; `--a.b` alone stands for `--a.b=true`",
-    )
+    add_recipe(parser, "YAML file of the stage")
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
