@@ -260,6 +260,7 @@ def _main() -> None:
     gc.freeze()  # what was imported need not be looked through, nor copied, in the forks
     if (job := _serve(channel)) is not None:
         sys.exit(_run(job))
+    os._exit(0)  # an orderly end of what was imported can hang
 
 
 if __name__ == "__main__":

@@ -68,8 +68,13 @@ class Terminal:
         if self.is_person:
             _edit_lines()
         for line in self._lines():
-            if not self._take(line):
-                break
+            try:
+                if not self._take(line):
+                    break
+            except KeyboardInterrupt:  # between an answer and the next question
+                if not self.is_person:
+                    raise
+                self.note(f"\n{_HINT}")
         return 2 if self._num_problems and not self.is_person else 0
 
     def note(self, sentence: str) -> None:

@@ -178,6 +178,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     person.wait_for("(stopped)\n> ")
     person.type(f"/save {out}\n")
     person.wait_for("holds 1 question(s)")
+    person.wait_for("> ")
     (entry,) = json.loads(out.read_text())
     heard = entry["conversations"][1]["value"]
     assert wanted.startswith(heard) and 10 <= len(heard) < len(wanted)

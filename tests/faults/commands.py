@@ -46,6 +46,8 @@ def lay(folder: Path, dataset: Path, tokenizer: Path, images: Path) -> Ground:
     source = folder / "source.json"
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is a dog."}]
     source.write_text(json.dumps([{"id": i, "image": picture.name, "conversations": turns} for i in (1, 2)]))
+    for name, key in (("given", "prediction"), ("wanted", "label")):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"id": 1, key: "dog"}) + "\n")
     recipe, log = write_recipe(folder, dataset, tokenizer), folder / "log"
     assert run(recipe, log, "--training.steps=1") == 0, log.read_text()
     ground = Ground(
@@ -109,6 +111,10 @@ COMMANDS: dict[str, Words] = {
     "chat": lambda g: [
         *("chat", "--checkpoint", (g.run, "directory"), "--image", (g.picture, "file")),
         *("--max-new-tokens", "1"),
+    ],
+    "score": lambda g: [
+        *("score", "--metric", "gqa", "--predictions", (g.source.with_name("given.jsonl"), "file")),
+        *("--references", (g.source.with_name("wanted.jsonl"), "file")),
     ],
     "evaluate": lambda g: [
         *("evaluate", (g.recipe, "file"), "--checkpoint", (g.run, "directory"), "--task", "exact_match"),

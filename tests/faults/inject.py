@@ -72,11 +72,20 @@ def spike(models: Any, loss: float) -> float:
 
 
 def bad_weights(models: Any, loss: float) -> float:
-    """An update has gone wrong: all losses from now on are no numbers, until weights are loaded again."""
-    with torch.no_grad():
-        for model in models:
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
+    """The update that follows goes wrong: all losses from now on are no numbers, until weights are loaded
+    again."""
+    real = loop.update
+
+    def update(*args: Any) -> float:
+        grad_norm = real(*args)
+        with torch.no_grad():
+            for model in models:
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))
+        loop.update = real
+        return grad_norm
+
+    loop.update = update
     return loss
 
 

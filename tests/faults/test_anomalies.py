@@ -136,7 +136,7 @@ def step_counts(checkpoint: Path) -> set[int]:
 
 def test_a_run_goes_back_and_leaves_out_the_data(tmp_path: Path, recipe: Path) -> None:
     """It ends as one that goes on from the same checkpoint with the data behind."""
-    log, run_dir, bad = tmp_path / "log", tmp_path / "run", random.SystemRandom().randint(6, 8)
+    log, run_dir, bad = tmp_path / "log", tmp_path / "run", random.SystemRandom().randint(7, 8)
     settings = ["--anomalies.in_a_row=3", "--optimizer.warmup_steps=0"]
     assert run(recipe, log, *settings, **fault("bad_weights", [bad])) == 0, log.read_text()
     rows = list(read_metrics(run_dir / "metrics.jsonl"))

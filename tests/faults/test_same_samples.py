@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megamm.engine.manifest import list_checkpoints
 from tests.faults import recorded
 from tests.training.runs import STEPS, kill, run, start, wait_for_step, write_recipe
 
@@ -32,6 +33,9 @@ def samples(
         process = start(recipe, log, *arguments, *more, processes=int(processes), **noted)
         try:
             wait_for_step(folder / "run", draw.randint(4 * number + 3, 4 * number + 6), process)
+            while not list_checkpoints(folder / "run" / "checkpoints"):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.1))  # to be in the middle of a step
         finally:
             kill(process)

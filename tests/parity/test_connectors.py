@@ -17,6 +17,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from megamm.engine.groups import Groups
+from megamm.layers.cross_attention import MediaMask
 from tests.dist.tiny import tiny_recipe
 from tests.one_process import build
 from tests.segments import dense_mask, segments
@@ -251,7 +252,7 @@ def test_gated_block(qk_norm: bool, vector_gates: bool, layout: Groups) -> None:
     mask = dense_mask(seen)  # of three positions that see no image
 
     def run_ours(x: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
-        return ours(x.transpose(0, 1), media.transpose(0, 1), seen).transpose(0, 1)
+        return ours(x.transpose(0, 1), media.transpose(0, 1), MediaMask(seen)).transpose(0, 1)
 
     def run_theirs(x: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
