@@ -29,7 +29,7 @@ _BENCHMARKS_ONLY: dict[str, Any] = {
     **dict.fromkeys(["limit", "prompts", "shots", "demonstrations", "runs", "submission"]),
     **dict.fromkeys(["tensor", "pipeline", "vqa_rule"]),
     **dict.fromkeys(DECODING[1:6]),
-    **{"seed": 0, "sample": False, "stop": []},
+    **{"sample": False, "stop": []},
 }
 
 
