@@ -170,3 +170,14 @@ def test_wrong_task_and_missing_checkpoint(data: Path, tmp_path: Path) -> None:
         evaluate(recipe, tmp_path, "exact", [data], tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="no checkpoint here"):
         evaluate(recipe, tmp_path / "none", "exact_match", [data], tmp_path / "out.jsonl")
+
+
+def test_a_seed_of_the_recipe_is_no_option_of_benchmarks() -> None:
+    """The quick start says `--seed=N` of everything."""
+    from megamm.cli.entry import build_parser
+    from megamm.cli.evaluate import _refuse_options_of_benchmarks
+
+    words = ["evaluate", "r.yaml", "--checkpoint", "c", "--task", "exact_match", "--data", "d", "--out", "o"]
+    _refuse_options_of_benchmarks(build_parser().parse_args([*words, "--seed=1"]))
+    with pytest.raises(InputError, match="--limit: is for the benchmarks"):
+        _refuse_options_of_benchmarks(build_parser().parse_args([*words, "--limit", "3"]))
