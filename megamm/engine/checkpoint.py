@@ -189,9 +189,10 @@ class Checkpoints:
         linked = self._link(weights, temporary)
         taken = frozen_weights.take_frozen(state, weights)
         validate = not self._was_validated
-        saves = {"shards": ShardedSave(state, temporary / "shards", self._copies, validate)}
+        kept = self._copies if self._recipe.checkpoint.asynchronous else None
+        saves = {"shards": ShardedSave(state, temporary / "shards", kept, validate)}
         if weights.dtypes and linked is None:  # of all ranks: this one may have none
-            saves[FROZEN] = ShardedSave({"model": taken}, temporary / FROZEN, self._copies, validate)
+            saves[FROZEN] = ShardedSave({"model": taken}, temporary / FROZEN, None, validate)
         self._was_validated = True
 
         # 3. the small files now, the large ones in threads

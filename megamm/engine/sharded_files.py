@@ -75,7 +75,7 @@ class ShardedSave:
     Args:
         state: changed on the way.
         directory: does not have to exist before the files are written.
-        copies: where to put copies of tensors that lie on a device.
+        copies: memory for copies of tensors that lie on a device, kept for the next save; None: it is not.
         validate: check first that the ranks' shards make up whole tensors.
     Attributes:
         files: of this rank, to be written.
@@ -83,7 +83,7 @@ class ShardedSave:
     """
 
     def __init__(
-        self, state: dict[str, Any], directory: Path, copies: HostCopies, validate: bool = True
+        self, state: dict[str, Any], directory: Path, copies: HostCopies | None, validate: bool = True
     ) -> None:
         self.directory = directory
         sharded, self.common = save_preprocess(state, validate)
@@ -133,12 +133,13 @@ def write_common(common: dict[str, Any], content_metadata: dict[str, Any], direc
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
-def _on_host(item: WriteItem, value: Any, copies: HostCopies) -> Any:
+def _on_host(item: WriteItem, value: Any, copies: HostCopies | None) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach()
     if value.is_cuda:
-        return HeldTensor(item.index, copies.copy(item.index, value), is_secure=True)
+        copy = copies.copy(item.index, value) if copies else value.to("cpu", non_blocking=True)
+        return HeldTensor(item.index, copy, is_secure=True)
     return HeldTensor(item.index, value)
 
 

@@ -52,7 +52,7 @@ def load(
         precision: of weights and activations; None means the one that it was trained in.
         image_token_id: placeholder of an image, for a checkpoint that came without a tokenizer and does not
             say; negative ids count from the end of the vocabulary.
-        tensor, pipeline: processes that the layers, and each layer, are divided over, whatever they were
+        tensor, pipeline: processes that each layer, and the layers, are divided over, whatever they were
             in training. There are as many copies of the model as the processes allow.
     Returns:
         The model in evaluation mode.

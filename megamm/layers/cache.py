@@ -24,6 +24,7 @@ class DecodingCache:
         last_image: [B] int64, number of the last image of each row, from 1; 0 for rows without images.
         is_prompt: whether the prompts are being decoded.
         table: rotary table of P positions, once a decoder has made it.
+        mask: [B, 1, 1, K] bool, True for what a further token does not attend to; None: it attends to all.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class DecodingCache:
         self.lengths, self.capacity, self.last_image = lengths, capacity, last_image
         self.is_prompt = True
         self.table: Optional[torch.Tensor] = None
+        self.mask: Optional[torch.Tensor] = None
         self._window = window  # positions before its own that a position attends to; None: all
         self._texts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._media: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -80,11 +82,6 @@ class DecodingCache:
         end = self._width + 1
         return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
 
-    @property
-    def mask(self) -> Optional[torch.Tensor]:
-        """[B, 1, 1, K] bool, True for what a further token does not attend to; None: it attends to all."""
-        return self._mask
-
     def keep_media(self, layer: int, key: torch.Tensor, value: torch.Tensor, num_latents: int) -> None:
         """Remember a gated block's [M, B, heads, d] keys and values of the image that is seen last: further
         tokens are never images."""
@@ -111,9 +108,12 @@ class DecodingCache:
         lengths = self.lengths.tolist()
         self._width = max(lengths, default=0)
         self._is_even = len(set(lengths)) <= 1
+        is_narrow = self._window is not None and self._width > self._window
+        self.mask = None if self._is_even and not is_narrow else self._hidden()[:, None, None]
+
+    def _hidden(self) -> torch.Tensor:
         columns = torch.arange(self._width + 1, device=self.lengths.device)
         hidden = columns > self.lengths[:, None]
         if self._window is not None:
             hidden |= columns < (self.lengths - self._window)[:, None]
-        is_needed = not self._is_even or (self._window is not None and self._width > self._window)
-        self._mask = hidden[:, None, None] if is_needed else None
+        return hidden
