@@ -13,7 +13,7 @@ from megamm.data.image_file import load_image
 from megamm.data.templates import Template, Turn
 from megamm.errors import InputError, MegammError
 from megamm.inference import Decoding, Model
-from megamm.inference.asking import Asking, evaluation_loader
+from megamm.inference.asking import evaluation_loader
 from megamm.inference.questions import as_questions
 
 _UNFINISHED = "\ufffd"  # what the bytes of a character decode to while some of them are missing
@@ -57,16 +57,13 @@ class Answerer:
         Raises:
             InputError: the checkpoint has no tokenizer, or that lacks a token of the template.
         """
-        if model.tokenizer is None:
-            raise InputError(
-                "the checkpoint was imported without a tokenizer; import it again with --tokenizer"
-            )
+        model.asking()  # raises what is wrong before anything is changed
         self.takes_system = model.template.takes == "conversation" and bool(model.template.system)
         self._name = model.template.name
         self.has_memory, self.note = model.template.takes == "conversation", _note(model.template)
         model.template = as_questions(model.template)
         self._model = model
-        self._asking = Asking.of(model.recipe, model.tokenizer, model.template)
+        self._asking = model.asking()
         self._loader = evaluation_loader(model.recipe)
         self._lock = threading.Lock()
 

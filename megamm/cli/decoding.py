@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from megamm.inference import Decoding
 
 
+# of the options that are values of a Decoding
+NAMES = (
+    *("max_new_tokens", "beams", "temperature", "top_p", "length_penalty", "repetition_penalty"),
+    *("sample", "stop"),
+)
+
+
 def add_decoding(parser: argparse.ArgumentParser, max_new_tokens: int | None = 64) -> None:
     """Add the options of `decoding_of`.
 
@@ -65,13 +72,4 @@ def decoding_of(args: argparse.Namespace, **defaults: object) -> Decoding:
     """
     from megamm.inference import Decoding
 
-    names = ("max_new_tokens", "beams", "temperature", "top_p", "length_penalty", "repetition_penalty")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    values: dict[str, object] = {**defaults, **given}
-    is_cold = values.get("temperature") == 0
-    if is_cold:
-        del values["temperature"]
-    draws = args.temperature is not None or args.top_p is not None
-    values["sample"] = not is_cold and (args.sample or (draws and values.get("beams", 1) == 1))
-    stop = (*defaults.get("stop", ()), *args.stop)  # type: ignore[misc]
-    return Decoding(**{**values, "stop": stop, "seed": args.seed})  # type: ignore[arg-type]
+    return Decoding.chosen(defaults, {name: getattr(args, name) for name in NAMES}, args.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.cli.common import add_command, add_json, add_recipe, positive, print_json
-from megamm.cli.decoding import add_decoding
+from megamm.cli.decoding import NAMES, add_decoding
 from megamm.cli.launched import end_with_launcher
 from megamm.errors import InputError
 
@@ -20,15 +20,11 @@ TASKS = (
 )
 PROMPTS = ("llava", "infimm", "xcomposer", "caption_only", "open_flamingo")
 VQA_RULES = ("always", "github")
-DECODING = (
-    *("max_new_tokens", "beams", "temperature", "top_p", "length_penalty", "repetition_penalty"),
-    *("sample", "stop"),
-)
 # What exact_match has no use for, with the value of an option that is not given.
 _BENCHMARKS_ONLY: dict[str, Any] = {
     **dict.fromkeys(["limit", "prompts", "shots", "demonstrations", "runs", "submission"]),
     **dict.fromkeys(["tensor", "pipeline", "vqa_rule"]),
-    **dict.fromkeys(DECODING[1:6]),
+    **dict.fromkeys(NAMES[1:6]),
     **{"sample": False, "stop": []},
 }
 
@@ -182,7 +178,7 @@ def _benchmark(args: argparse.Namespace, recipe: Any) -> int:
         seed=args.seed,
         runs=args.runs,
         submission=args.submission,
-        decoding={name: getattr(args, name) for name in DECODING},
+        decoding={name: getattr(args, name) for name in NAMES},
         tensor=args.tensor or 1,
         pipeline=args.pipeline or 1,
         vqa_rule=args.vqa_rule or VQA_RULES[0],

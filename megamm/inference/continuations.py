@@ -49,9 +49,7 @@ def likelihoods(
         InputError: a picture is unreadable, placeholders and pictures differ, an answer ends behind the
             model's last position, or the checkpoint has no tokenizer.
     """
-    if model.tokenizer is None:
-        raise InputError("the checkpoint was imported without a tokenizer; import it again with --tokenizer")
-    asking = Asking.of(model.recipe, model.tokenizer, model.template)
+    asking = model.asking()
     rows = [_ids(asking, turns, answer) for turns, answer in zip(conversations, answers, strict=True)]
     for prompt, ids in rows:
         if len(prompt) + len(ids) > asking.max_positions:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,6 +60,26 @@ class Decoding:
             raise InputError(f"top_p: {self.top_p}; use a number above 0, at most 1")
         if "" in self.stop:
             raise InputError("stop: an empty text would end every answer; leave it out")
+
+    @classmethod
+    def chosen(cls, defaults: Mapping[str, Any], given: Mapping[str, Any], seed: int) -> Decoding:
+        """What a user asks for. Tokens are drawn if `sample` is given, or if temperature or top_p are and
+        there are no beams; a temperature of 0 is the likeliest token each time.
+
+        Args:
+            defaults: values by name, for what is not given; their `stop` counts besides the user's.
+            given: likewise; None is not given.
+        Raises:
+            InputError: a value is out of its range.
+        """
+        said = {name: value for name, value in given.items() if value is not None}
+        values = {**defaults, **said, "stop": (*defaults.get("stop", ()), *said.get("stop", ()))}
+        is_cold = values.get("temperature") == 0
+        if is_cold:
+            del values["temperature"]
+        asked = "temperature" in said or "top_p" in said
+        draws = bool(said.get("sample")) or (asked and values.get("beams", 1) == 1)
+        return cls(**{**values, "sample": draws and not is_cold, "seed": seed})
 
     def generator(self, prompt: Sequence[int]) -> torch.Generator:
         """What the answer to a prompt is drawn with."""

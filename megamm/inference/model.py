@@ -163,7 +163,7 @@ class Model:
             InputError: a picture is missing or unreadable, counts differ, a prompt is too long, or the
                 checkpoint has no tokenizer.
         """
-        asking = self._asking()
+        asking = self.asking()
         self._check_counts(["".join(turn.text for turn in turns) for turns in conversations], images)
         prompts = [asking.prompt(turns) for turns in conversations]
         return self._answers(prompts, images, _with_length(decoding, max_new_tokens), listener)
@@ -182,7 +182,7 @@ class Model:
             InputError: as `generate`.
         """
         self._check_counts(prompts, images)
-        ids = [self._asking().raw_prompt(prompt) for prompt in prompts]
+        ids = [self.asking().raw_prompt(prompt) for prompt in prompts]
         return self._answers(ids, images, decoding or Decoding(), None)
 
     def generate_ids(
@@ -225,7 +225,7 @@ class Model:
         decoding: Decoding,
         listener: Callable[[int, str], None] | None,
     ) -> list[str]:
-        asking = self._asking()
+        asking = self.asking()
         loader = self._image_loader = self._image_loader or evaluation_loader(self.recipe)
         pixels = [load_pictures(pictures, loader) for pictures in images]
         said: dict[int, list[int]] = {}
@@ -239,7 +239,12 @@ class Model:
         ids = self.generate_ids(prompts, pixels, decoding, asking.words, tell if listener else None)
         return [asking.text(answer, decoding) for answer in ids]
 
-    def _asking(self) -> Asking:
+    def asking(self) -> Asking:
+        """How prompts are made for this model.
+
+        Raises:
+            InputError: the checkpoint has no tokenizer.
+        """
         if self.tokenizer is None:
             raise InputError(
                 "the checkpoint was imported without a tokenizer; import it again with --tokenizer"

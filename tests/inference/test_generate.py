@@ -34,7 +34,7 @@ def test_a_batch_is_as_good_as_one_at_a_time(model: Model, pictures: list[Path])
 
 def test_answers_follow_the_logits(model: Model, tokenizer: Tokenizer) -> None:
     """Token by token what the largest logit says, whatever the template."""
-    prompt = model._asking().prompt([Turn("user", TEXTS[1])])
+    prompt = model.asking().prompt([Turn("user", TEXTS[1])])
     assert prompt == tokenizer.encode(model.template.prompt_text([Turn("user", TEXTS[1])]), bos=True)
     sequence = list(prompt)
     for _ in range(5):
@@ -49,7 +49,7 @@ def test_answers_follow_the_logits(model: Model, tokenizer: Tokenizer) -> None:
 def test_earlier_turns_are_part_of_the_prompt(model: Model, pictures: list[Path]) -> None:
     history = [Turn("user", TEXTS[0]), Turn("assistant", "a cat"), Turn("user", "and now <image>?")]
     span, image_id = model.recipe.model.tokens_per_image, model.tokenizer.image_id
-    assert model._asking().prompt(history).count(image_id) == 2 * span
+    assert model.asking().prompt(history).count(image_id) == 2 * span
     (answer,) = model.generate([history], [pictures], max_new_tokens=4)
     assert answer != model.generate([history[:1]], [pictures[:1]], max_new_tokens=4)[0]
 
@@ -104,7 +104,7 @@ def test_what_is_in_a_file_is_a_picture_too(model: Model, pictures: list[Path]) 
 def test_raw_prompts_stand_as_they_are(model: Model, tokenizer: Tokenizer, pictures: list[Path]) -> None:
     """The template's text, given as it is, has the template's answer."""
     text = model.template.prompt_text([Turn("user", TEXTS[0])])
-    asking = model._asking()
+    asking = model.asking()
     assert asking.raw_prompt(text) == asking.prompt([Turn("user", TEXTS[0])])
     decoding = Decoding(max_new_tokens=5)
     (wanted,) = model.generate([[Turn("user", TEXTS[0])]], [pictures[:1]], decoding=decoding)
@@ -129,7 +129,7 @@ def test_a_listener_hears_the_answer_grow(model: Model, pictures: list[Path]) ->
 
 def test_only_text_is_generated(model: Model, tokenizer: Tokenizer) -> None:
     """An image placeholder without an image, or an id that the tokenizer does not have, is no answer."""
-    words = model._asking().words
+    words = model.asking().words
     scores = words.silence(torch.zeros(1, VOCAB_SIZE + NUM_UNKNOWN))
     said = torch.isfinite(scores[0]).nonzero().flatten().tolist()
     assert said == [token for token in range(tokenizer.vocab_size) if token != tokenizer.image_id]

@@ -116,20 +116,5 @@ def decoding_of(prompts: Prompts, kind: str, task: Task, settings: TaskSettings,
         InputError: a value is out of its range.
     """
     words = prompts.of(kind, task.name)
-    values: dict[str, Any] = {**prompts.decoding, **words.decoding}
-    given = {name: value for name, value in settings.decoding.items() if value is not None}
-    stop = (*values.get("stop", ()), *given.get("stop", ()))
-    values |= given
-    values["sample"] = _draws(values, given)
-    if values.get("temperature") == 0:  # the likeliest
-        del values["temperature"]
-    return Decoding(**{**values, "stop": stop, "seed": settings.seed + run})
-
-
-def _draws(values: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether tokens are drawn: as of `megamm generate`, --temperature or --top-p say so where there are no
-    beams."""
-    if values.get("temperature") == 0:
-        return False
-    asked = "temperature" in given or "top_p" in given
-    return bool(given.get("sample")) or (asked and values.get("beams", 1) == 1)
+    defaults = {**prompts.decoding, **words.decoding}
+    return Decoding.chosen(defaults, settings.decoding, settings.seed + run)
