@@ -65,6 +65,7 @@ class CachedSequences:
         num_parts = min(groups.pp_size, len(prompts))
         bounds = [len(prompts) * part // num_parts for part in range(num_parts + 1)]
         self._groups = groups
+        self._vocab_size = network.model_config.language.vocab_size
         self._parts = [
             _Part(network, groups, prompts[start:end], images[start:end], room, pad_id)
             for start, end in pairwise(bounds)
@@ -105,7 +106,7 @@ class CachedSequences:
         if groups.pp_size > 1:
             last = dist.get_global_rank(groups.collection.pp, groups.pp_size - 1)
             dist.broadcast(logits, last, group=groups.collection.pp)
-        return logits
+        return logits[:, : self._vocab_size]  # what pads it for the ranks must not count in a softmax
 
 
 class _Part:

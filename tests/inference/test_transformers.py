@@ -185,7 +185,7 @@ def idefics_wanted(idefics: Case) -> list[list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def flamingo_wanted(flamingo: Case) -> list[list[list[int]]]:
-    return recompute(str(flamingo.path), flamingo.questions, our_options(WAYS[:2]))
+    return recompute(str(flamingo.path), flamingo.questions, our_options(WAYS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
