@@ -117,12 +117,13 @@ class Checkpoints:
         self._failures = 0  # saves in a row
         self._last_good: Path | None = None
 
-    def load_newest(self, newest: int | None = None) -> Progress | None:
+    def load_newest(self, newest: int | None = None, only_finite: bool = False) -> Progress | None:
         """Fill models and optimizer from the newest good checkpoint; see `loading.load_newest`. What killed
         saves have left is removed.
 
         Args:
             newest: leave out those of later steps; None: look at all.
+            only_finite: pass over those with weights or moments that are NaN or infinite.
         """
 
         def tidy() -> str | None:
@@ -135,7 +136,14 @@ class Checkpoints:
         if failure := on_rank_0(tidy, f"{self.directory}: cannot be read"):
             self.report(f"{self.directory}: what a killed save left cannot be removed ({failure})")
         found = load_newest(
-            self.directory, self._models, self._optimizer, self._recipe, self._groups, self.report, newest
+            self.directory,
+            self._models,
+            self._optimizer,
+            self._recipe,
+            self._groups,
+            self.report,
+            newest,
+            only_finite,
         )
         if found is None:
             return None

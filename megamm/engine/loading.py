@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -44,6 +45,7 @@ def load_newest(
     groups: Groups,
     report: Callable[[str], None],
     newest: int | None = None,
+    only_finite: bool = False,
 ) -> Loaded | None:
     """Load the newest checkpoint whose every byte is as it was written (collective).
 
@@ -55,8 +57,9 @@ def load_newest(
         groups: process groups.
         report: takes one line per damaged checkpoint.
         newest: leave out those of later steps; None: look at all.
+        only_finite: pass over those with weights or moments that are NaN or infinite.
     Returns:
-        The checkpoint; None if there is none at all.
+        The checkpoint; None if there is none, or each one that is not damaged was passed over.
     Raises:
         InputError: checkpoints exist, but none is good (never silently starts from step 0), or the newest
             good one was trained with other frozen parts.
@@ -66,13 +69,17 @@ def load_newest(
     damage: list[str] = []
     for checkpoint in candidates:
         try:
-            return _load(checkpoint, models, optimizer, recipe, groups, report)
+            found = _load(checkpoint, models, optimizer, recipe, groups, report, only_finite)
         except DamagedCheckpoint as error:
             if recipe.resume.strict:
                 raise
             damage.append(str(error))
             report(f"checkpoint passed over: {error}")
-    if candidates:
+            continue
+        if found is not None:
+            return found
+        report(f"checkpoint passed over: {checkpoint}: has weights or moments that are NaN or infinite")
+    if damage and len(damage) == len(candidates):
         raise InputError(
             f"{directory}: every checkpoint is damaged ({' | '.join(damage)}); restore one, or start over "
             "with another run_dir"
@@ -87,7 +94,8 @@ def _load(
     recipe: Recipe,
     groups: Groups,
     report: Callable[[str], None],
-) -> Loaded:
+    only_finite: bool,
+) -> Loaded | None:
     with SharedVerification(checkpoint, of_a_run=True) as verification:
         manifest = verification.manifest
         if not manifest.has_optimizer:
@@ -100,9 +108,16 @@ def _load(
         state = state_to_load(models, optimizer, groups)
         _refuse_other_optimizer(checkpoint, state["optimizer"])
         loaded = verification.load(state)
+    if only_finite and not all(gather(_is_finite(loaded))):
+        return None
     load_models(models, loaded)
     load_state(optimizer, loaded["optimizer"])
     return Loaded(checkpoint, manifest)
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    tensors = (entry for entry in nested_values(state) if isinstance(entry, torch.Tensor))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 class SharedVerification:

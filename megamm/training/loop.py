@@ -218,7 +218,8 @@ class Loop:
         policy, checkpoints, step = self._policy, self._session.checkpoints, self.progress.step
         self._here.at("checkpoint")
         checkpoints.wait()
-        found = checkpoints.load_newest(newest=step - policy.in_a_row)
+        # (what was saved right behind an update that went wrong holds what came of it)
+        found = checkpoints.load_newest(newest=step - policy.in_a_row, only_finite=True)
         if found is None:
             raise RunError(
                 f"step {step}: {policy.in_a_row} updates in a row were left out, and there is no checkpoint "

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megamm.config import AnomaliesConfig
-from megamm.engine.manifest import list_checkpoints, read_manifest
+from megamm.engine.manifest import list_checkpoints, read_manifest, step_directory
 from megamm.training.anomalies import AnomalyPolicy, Objection
 from megamm.training.metrics import read_metrics
 from tests.faults.inject import fault
@@ -135,20 +135,24 @@ def step_counts(checkpoint: Path) -> set[int]:
 
 
 def test_a_run_goes_back_and_leaves_out_the_data(tmp_path: Path, recipe: Path) -> None:
-    """It ends as one that goes on from the same checkpoint with the data behind."""
-    log, run_dir, bad = tmp_path / "log", tmp_path / "run", random.SystemRandom().randint(7, 8)
+    """It ends as one that goes on from the same checkpoint with the data behind. Step 6 is saved right behind
+    the update that went wrong, so that this checkpoint is of no use."""
+    log, run_dir, bad = tmp_path / "log", tmp_path / "run", random.SystemRandom().randint(6, 8)
+    back = 3 if bad == 6 else 6
     settings = ["--anomalies.in_a_row=3", "--optimizer.warmup_steps=0"]
     assert run(recipe, log, *settings, **fault("bad_weights", [bad])) == 0, log.read_text()
     rows = list(read_metrics(run_dir / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["consumed_samples"] // 8 for row in rows] == [*range(1, 7), *range(bad + 4, bad + 10)]
+    seen = [*range(1, back + 1), *range(bad + 4, bad + 4 + STEPS - back)]
+    assert [row["consumed_samples"] // 8 for row in rows] == seen
     kinds = [(incident["kind"], incident["step"]) for incident in incidents(run_dir)]
-    assert kinds == [("skipped_step", bad + n) for n in (1, 2, 3)] + [("rollback", 6)]
+    assert kinds == [("skipped_step", bad + n) for n in (1, 2, 3)] + [("rollback", back)]
+    assert ("NaN or infinite" in log.read_text()) == (bad == 6)
     assert rows[-1]["skipped_steps"] == 3
 
     again = tmp_path / "again"
     shutil.copytree(run_dir, again)
-    kept = again / "checkpoints" / "step_00000006"
+    kept = again / "checkpoints" / step_directory(back)
     for newer in list_checkpoints(again / "checkpoints"):
         if newer > kept:
             shutil.rmtree(newer)
@@ -156,7 +160,7 @@ def test_a_run_goes_back_and_leaves_out_the_data(tmp_path: Path, recipe: Path) -
     moved = replace(read_manifest(kept), consumed_samples=consumed, data_position=[consumed])
     (kept / "manifest.json").write_text(moved.to_json())
     assert run(recipe, log, *settings, f"--run_dir={again}") == 0, log.read_text()
-    assert f"resumed at step 6 ({consumed} samples seen)" in log.read_text()
+    assert f"resumed at step {back} ({consumed} samples seen)" in log.read_text()
     assert_same_end(run_dir, again)
 
 
@@ -187,11 +191,12 @@ def test_a_spike_is_left_out_in_every_layout(layout: str, tmp_path: Path, recipe
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", ["--parallel.tensor=2", "--parallel.pipeline=2"])
 def test_going_back_in_every_layout(layout: str, tmp_path: Path, recipe: Path) -> None:
-    log = tmp_path / "log"
+    """One rank alone has bad weights, and they are saved."""
+    log, injected = tmp_path / "log", fault("bad_weights", [6], rank=random.SystemRandom().randint(0, 1))
     settings = ["--anomalies.in_a_row=2", layout]
-    assert run(recipe, log, *settings, processes=2, **fault("bad_weights", [5])) == 0, log.read_text()
-    kinds = [incident["kind"] for incident in incidents(tmp_path / "run")]
-    assert kinds == ["skipped_step", "skipped_step", "rollback"]
+    assert run(recipe, log, *settings, processes=2, **injected) == 0, log.read_text()
+    kinds = [(incident["kind"], incident.get("to")) for incident in incidents(tmp_path / "run")]
+    assert kinds == [("skipped_step", None), ("skipped_step", None), ("rollback", 3)]
     assert all(row["loss"] is not None for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
