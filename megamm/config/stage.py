@@ -281,8 +281,8 @@ class AnomaliesConfig:
         spike_factor: leaves out an update whose loss is so many times the median of those before it, of the
             same group of sources; 0: none.
         spike_window: of how many updates the median is taken; there are no spikes before so many.
-        in_a_row: so many updates left out in a row send the run back to the checkpoint before them, from
-            which it goes on with the data behind them.
+        in_a_row: so many updates left out in a row send the run back to the newest checkpoint before them of
+            finite weights and moments, from which it goes on with the data behind them.
         max_rollbacks: how often in a stage; the next time ends the run.
     """
 

@@ -69,11 +69,28 @@ class Job:
             SLURM_NNODES=2,
             SLURM_NTASKS_PER_NODE=1,
             SLURM_JOB_NODELIST="node[1-2]",
-            SLURM_SUBMIT_DIR=ROOT,
+            SLURM_SUBMIT_DIR=folder,
             SRUN_LOG=self.srun_log,
             SCONTROL_LOG=self.scontrol_log,
             MASTER_PORT=free_port(),
         )
+
+    @property
+    def losses(self) -> Path:
+        """Where the job counts lost ranks."""
+        return Path(self.environment["SLURM_SUBMIT_DIR"]) / ".megamm-losses-4711"
+
+    @property
+    def returns(self) -> int:
+        """How often it went back into the queue."""
+        return self.scontrol_log.read_text().count("requeue 4711") if self.scontrol_log.exists() else 0
+
+    def attempt(self, commands: str, seconds: int = 0) -> int:
+        """The exit code of the job with `commands` in place of a stage, begun so many seconds ago."""
+        self.stage.write_text(f"{commands}\n")
+        self.environment["SECONDS"] = str(seconds)  # which bash goes on counting from
+        with self.started() as process:
+            return process.wait(30)
 
     @contextlib.contextmanager
     def started(self, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -121,30 +138,39 @@ def test_a_failed_job_stays_failed(tmp_path: Path, dataset_dir: Path, tokenizer_
 
 
 @pytest.mark.parametrize(
-    ("end", "count", "returns"),
+    ("end", "returns"),
     [
-        ("exit 69", 0, True),
-        ("exit 70", 4, True),
-        ("kill -9 $$", 0, True),
-        ("exit 139", 1, True),
-        ("exit 69", 5, False),
-        ("exit 1", 0, False),
-        ("exit 2", 0, False),
-        ("exit 75", 0, False),  # a signal that was not Slurm's
-        ("exit 130", 0, False),
-        ("exit 0", 0, False),
+        ("exit 69", True),
+        ("exit 70", True),
+        ("kill -9 $$", True),
+        ("exit 139", True),
+        ("exit 1", False),
+        ("exit 2", False),
+        ("exit 75", False),  # a signal that was not Slurm's
+        ("exit 130", False),
+        ("exit 0", False),
     ],
 )
-def test_jobs_come_back_after_what_that_cures(tmp_path: Path, end: str, count: int, returns: bool) -> None:
+def test_jobs_come_back_after_what_that_cures(tmp_path: Path, end: str, returns: bool) -> None:
     job = Job(tmp_path, tmp_path / "recipe.yaml")
-    job.stage.write_text(f"{end}\n")
-    job.environment["SLURM_RESTART_COUNT"] = str(count)
-    with job.started() as process:
-        code = process.wait(30)
-    asked = job.scontrol_log.read_text() if job.scontrol_log.exists() else ""
-    assert ("requeue 4711" in asked) == returns, job.log.read_text()
+    code = job.attempt(end)
+    assert job.returns == returns, job.log.read_text()
     assert code == (0 if returns else int(end.removeprefix("exit ")))
-    assert ("MAX_REQUEUES" in job.log.read_text()) == (count == 5)
+    assert (job.losses.read_text().strip() if job.losses.exists() else None) == ("1" if returns else None)
+
+
+def test_a_job_that_always_fails_ends(tmp_path: Path) -> None:
+    """After MAX_REQUEUES losses in a row; an attempt that lasts, or ends for time, begins a new row."""
+    job = Job(tmp_path, tmp_path / "recipe.yaml")
+    job.environment |= {"MAX_REQUEUES": "2", "SLURM_RESTART_COUNT": "99"}
+    lost, stopped = "exit 69", "trap : USR1; kill -USR1 $PPID; sleep 0.5; exit 75"
+    ends = [(lost, 0), (lost, 0), (stopped, 0), (lost, 0), (lost, 0), (stopped, 0), (lost, 0), (lost, 0)]
+    for number, (end, seconds) in enumerate([*ends, (lost, 3600), (lost, 0)], 1):
+        assert job.attempt(end, seconds) == 0, job.log.read_text()
+        assert job.returns == number
+    assert job.attempt(lost) == 69
+    assert "3 times in a row (MAX_REQUEUES is 2)" in job.log.read_text()
+    assert job.returns == number and not job.losses.exists()
 
 
 def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from tests.training.runs import (
 )
 
 NO_SAVES = "--checkpoint.interval=0"
-LONG = "--training.steps=100000"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -294,9 +293,19 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.faults
-def test_ctrl_c(tmp_path: Path, recipe: Path) -> None:
-    with Launch(recipe, tmp_path / "log", LONG, launcher=OURS) as launch:
-        launch.wait_for_step(tmp_path / "run", 2)
+@pytest.mark.parametrize("launcher", [PLAIN, OURS], ids=["plain", "ours"])
+def test_ctrl_c(
+    tmp_path: Path, recipe: Path, uninterrupted: Path, dice: random.Random, launcher: tuple[str, ...]
+) -> None:
+    """In a terminal it reaches the launcher alone, as ranks lead sessions of their own. torchrun itself ends
+    with 1 and a traceback of its own."""
+    step = dice.randrange(3, STEPS - 5)
+    with Launch(recipe, tmp_path / "log", launcher=launcher) as launch:
+        launch.wait_for_step(tmp_path / "run", step)
         tell(launch, "launcher", signal.SIGINT)
-        assert launch.wait(60) == INTERRUPTED
-    assert "Traceback" not in launch.output()
+        assert launch.wait(60) == (1 if launcher is PLAIN else INTERRUPTED), launch.output()
+    assert "megamm/" not in launch.output(), launch.output()
+    assert launcher is PLAIN or "Traceback" not in launch.output()
+    assert run(recipe, tmp_path / "log", processes=2) == 0, launch.output()
+    assert "resumed at step " in (tmp_path / "run" / "log.txt").read_text()
+    assert_same_end(uninterrupted, tmp_path / "run")
