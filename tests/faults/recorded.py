@@ -11,7 +11,8 @@ from megamm.training.feed import BatchFeed
 from tests.training import runs
 
 FOLDER = "MEGAMM_TEST_SAMPLES"  # environment variable: where the notes are kept
-Notes = dict[int, list[list[int]]]  # samples used before a step -> those of each attempt, sorted
+# samples used before a step -> those of the step, sorted, and the data-parallel ranks that took them
+Notes = dict[int, tuple[list[int], list[int]]]
 
 
 def megamm(*arguments: str) -> int:
@@ -31,16 +32,15 @@ def megamm(*arguments: str) -> int:
     return runs.megamm(*arguments)
 
 
-def read(folder: Path, first: set[str]) -> tuple[Notes, Notes]:
-    """What the processes of the files `first` were given, and what all others were."""
-    found: tuple[Notes, Notes] = ({}, {})
-    for number, names in enumerate((first, {path.name for path in folder.iterdir()} - first)):
-        steps: dict[int, dict[int, list[int]]] = {}
-        for name in names:
-            for text in (folder / name).read_text().split("\n"):
-                if text.endswith("}"):  # a kill may have cut the last one
-                    line = json.loads(text)
-                    steps.setdefault(line["start"], {})[line["dp_rank"]] = line["ids"]
-        for start, parts in steps.items():
-            found[number][start] = [sorted(i for ids in parts.values() for i in ids), sorted(parts)]
-    return found
+def read(files: set[Path]) -> Notes:
+    """What the processes of one attempt were given."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for file in files:
+        for text in file.read_text().split("\n"):
+            if text.endswith("}"):  # a kill may have cut the last one
+                line = json.loads(text)
+                steps.setdefault(line["start"], {})[line["dp_rank"]] = line["ids"]
+    return {
+        start: (sorted(i for ids in parts.values() for i in ids), sorted(parts))
+        for start, parts in steps.items()
+    }

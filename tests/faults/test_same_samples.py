@@ -19,16 +19,27 @@ SHORT = ["--training.micro_batch_size=2"]  # four micro-batches in a step of one
 
 
 def samples(
-    folder: Path, recipe: Path, overrides: list[str], kills: list[list[str]]
-) -> tuple[recorded.Notes, recorded.Notes]:
-    """Of a run that is killed once for each of `kills` (the overrides of each attempt and how many processes
-    it has), some time after a random step: what the attempts before the last one, and the last one, used."""
+    folder: Path, recipe: Path, overrides: list[str], attempts: list[list[str]]
+) -> list[recorded.Notes]:
+    """What each attempt of a run used that is killed, but for the last one, some time after a random step.
+
+    Args:
+        attempts: how many processes each has, and its overrides.
+    """
     draw, notes, log = random.SystemRandom(), folder / "notes", folder / "log"
     notes.mkdir(parents=True)
     noted = {"target": "tests.faults.recorded:megamm", recorded.FOLDER: str(notes)}
     arguments = [*overrides, f"--run_dir={folder / 'run'}", f"--optimizer.decay_steps={STEPS}"]
     arguments.append("--checkpoint.asynchronous=false")  # a step later there is a checkpoint to go on from
-    *killed, last = kills
+    *killed, last = attempts
+    used: list[recorded.Notes] = []
+    seen: set[Path] = set()
+
+    def take_notes() -> None:
+        files = set(notes.iterdir())
+        used.append(recorded.read(files - seen))
+        seen.update(files)
+
     for number, (processes, *more) in enumerate(killed):
         process = start(recipe, log, *arguments, *more, processes=int(processes), **noted)
         try:
@@ -36,13 +47,14 @@ def samples(
             time.sleep(draw.uniform(0, 0.1))  # to be in the middle of a step
         finally:
             kill(process)
-    first = {path.name for path in notes.iterdir()}
+        take_notes()
     processes, *more = last
     code = run(recipe, log, *arguments, *more, processes=int(processes), **noted)
     assert code == 0, log.read_text()
     if killed:
         assert "resumed at step" in log.read_text()
-    return recorded.read(notes, first)
+    take_notes()
+    return used
 
 
 def check(
@@ -53,19 +65,18 @@ def check(
     attempts: list[list[str]],
 ) -> None:
     recipe = write_recipe(tmp_path, dataset, tokenizer)
-    _, whole = samples(tmp_path / "whole", recipe, overrides, [["1"]])
-    before, after = samples(tmp_path / "killed", recipe, overrides, attempts)
+    (whole,) = samples(tmp_path / "whole", recipe, overrides, [["1"]])
+    *before, after = samples(tmp_path / "killed", recipe, overrides, attempts)
     assert len(whole) == STEPS
     assert sum(len(ids) for ids, _ in whole.values()) > 50, "the epoch ends on the way"
-    for _, ranks in after.values():
-        assert ranks == list(range(int(attempts[-1][0])))
-    assert after.keys() <= whole.keys() and 0 < len(after) < STEPS
-    for begin, (ids, _) in after.items():
-        assert ids == whole[begin][0], begin
-    for begin, (ids, ranks) in before.items():
-        if ranks == list(range(int(attempts[0][0]))):  # all of its processes had come so far
-            assert ids == whole[begin][0], begin
-    assert before.keys() | after.keys() == whole.keys(), "no step was left out"
+    assert 0 < len(after) < STEPS
+    for used, (processes, *_) in zip([*before, after], attempts, strict=True):
+        for begin, (ids, ranks) in used.items():
+            is_whole = ranks == list(range(int(processes)))
+            assert is_whole or used is not after, begin
+            if is_whole:  # else a kill came before all of its processes had taken notes
+                assert ids == whole[begin][0], begin
+    assert set().union(*before, after) == whole.keys(), "no step was left out"
 
 
 def test_killed_and_resumed_with_others(tmp_path: Path, dataset_dir: Path, tokenizer_dir: Path) -> None:
