@@ -3,6 +3,7 @@ happened."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -80,15 +81,18 @@ def test_many_kills(
     kills = 0
     with Launch(recipe, tmp_path / "log", *more, launcher=launcher, options=options) as launch:
         launch.wait_for_step(tmp_path / "run", 1)
-        while kills < MANY_KILLS // len(LAYOUTS) and launch.process.poll() is None:
-            for victim in dice.sample(list(launch.ranks().values()), dice.choice([1, 1, 1, 2])):
-                victim.kill()
+        while kills < MANY_KILLS // len(LAYOUTS):
+            while len(ranks := launch.ranks()) < 2 and launch.process.poll() is None:
+                time.sleep(0.02)
+            if launch.process.poll() is not None:
+                break
+            for victim in dice.sample(list(ranks.values()), dice.choice([1, 1, 1, 2])):
+                with contextlib.suppress(psutil.NoSuchProcess):  # on its way out, as another one had died
+                    victim.kill()
                 psutil.wait_procs([victim], timeout=10)
             kills += 1
             moment = time.monotonic() + dice.uniform(0.2, 12)
             while time.monotonic() < moment and launch.process.poll() is None:
-                time.sleep(0.02)
-            while len(launch.ranks()) < 2 and launch.process.poll() is None:
                 time.sleep(0.02)
         assert launch.wait(200) == 0, launch.output()[-5000:]
     print(f"{kills} kills")
