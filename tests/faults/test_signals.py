@@ -299,13 +299,13 @@ def test_ctrl_c(
 ) -> None:
     """In a terminal it reaches the launcher alone, as ranks lead sessions of their own. torchrun itself ends
     with 1 and a traceback of its own."""
-    step = dice.randrange(3, STEPS - 5)
-    with Launch(recipe, tmp_path / "log", launcher=launcher) as launch:
+    step, saved_at_once = dice.randrange(4, STEPS - 4), "--checkpoint.asynchronous=false"
+    with Launch(recipe, tmp_path / "log", saved_at_once, launcher=launcher) as launch:
         launch.wait_for_step(tmp_path / "run", step)
         tell(launch, "launcher", signal.SIGINT)
         assert launch.wait(60) == (1 if launcher is PLAIN else INTERRUPTED), launch.output()
     assert "megamm/" not in launch.output(), launch.output()
     assert launcher is PLAIN or "Traceback" not in launch.output()
-    assert run(recipe, tmp_path / "log", processes=2) == 0, launch.output()
+    assert run(recipe, tmp_path / "log", saved_at_once, processes=2) == 0, launch.output()
     assert "resumed at step " in (tmp_path / "run" / "log.txt").read_text()
     assert_same_end(uninterrupted, tmp_path / "run")
