@@ -197,26 +197,27 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
     """Answer until the channel is closed; in a fork, return its job."""
     stream = channel.makefile("rw")
     forks: set[int] = set()
-    for line in stream:
-        request = json.loads(line)
-        answer: int | None
-        if request["what"] == "start":
-            answer = _fork()
-            if answer == 0:
-                stream.close()
-                channel.close()
-                return dict(request)
-            forks.add(answer)
-        elif request["what"] == "status":
-            info = os.waitid(os.P_PID, request["pid"], os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            answer = None if info is None else info.si_status
-            if info is not None and info.si_code != os.CLD_EXITED:
-                answer = -info.si_status
-        else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1])
-            forks.remove(request["pid"])
-        stream.write(json.dumps(answer) + "\n")
-        stream.flush()
+    with contextlib.suppress(ConnectionError):  # whoever is killed with an answer unread resets the channel
+        for line in stream:
+            request = json.loads(line)
+            answer: int | None
+            if request["what"] == "start":
+                answer = _fork()
+                if answer == 0:
+                    stream.close()
+                    channel.close()
+                    return dict(request)
+                forks.add(answer)
+            elif request["what"] == "status":
+                info = os.waitid(os.P_PID, request["pid"], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                answer = None if info is None else info.si_status
+                if info is not None and info.si_code != os.CLD_EXITED:
+                    answer = -info.si_status
+            else:
+                answer = os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1])
+                forks.remove(request["pid"])
+            stream.write(json.dumps(answer) + "\n")
+            stream.flush()
     for pid in forks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

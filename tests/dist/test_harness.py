@@ -110,16 +110,25 @@ def test_unknown_function_is_an_error() -> None:
         run_distributed(1, "tests.dist.test_harness:no_such_function")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_fork_outlives_the_tests(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "last"),
+    [
+        (signal.SIGTERM, "fork.poll()"),
+        # the answer stays unread
+        (signal.SIGKILL, 'print(\'{"what": "status", "pid": %d}\' % fork.pid, file=it._stream, flush=True)'),
+    ],
+    ids=["SIGTERM", "SIGKILL"],
+)
+def test_no_fork_outlives_the_tests(number: signal.Signals, last: str, tmp_path: Path) -> None:
     """Nor what it started, nor the interpreter that it came from."""
     code = (
-        "import os, sys; from tests.dist.harness import Path, forks\n"
+        "import os, sys, time; from tests.dist.harness import Path, forks\n"
         "environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'RANK': '0'}\n"
         f"args, log = [{str(tmp_path)!r}], Path({str(tmp_path / 'log')!r})\n"
         "forks.start(0, 'tests.dist.test_harness:leave_a_child', args, environment, log)\n"
         "fork = forks.start(0, 'tests.dist.test_harness:hang', args, environment, log)\n"
-        f"Path({str(tmp_path)!r}, f'{{forks._interpreters[0]._process.pid}}.pid').touch(); fork.wait()\n"
+        f"it = forks._interpreters[0]; {last}; time.sleep(0.5)\n"
+        f"Path({str(tmp_path)!r}, f'{{it._process.pid}}.pid').touch(); time.sleep(600)\n"
     )
     tests = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
