@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megamm.parity.processes import free_port
 from megamm.training.stopping import STOPPED
-from tests.examples.stages import CLUSTER, ROOT, environment, free_port, stage_script
+from tests.examples.stages import CLUSTER, ROOT, environment, stage_script
 from tests.training.runs import assert_same_end, kill, run, start, wait_for_step, write_recipe
 
 

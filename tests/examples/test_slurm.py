@@ -15,8 +15,9 @@ import pytest
 
 from megamm.engine.launcher import take_place_from_slurm
 from megamm.errors import InputError
+from megamm.parity.processes import free_port
 from megamm.training.stopping import STOPPED
-from tests.examples.stages import CLUSTER, environment, free_port, stage_script
+from tests.examples.stages import CLUSTER, environment, stage_script
 from tests.training.runs import STEPS, assert_same_end, curve, kill, wait_for_step, write_recipe
 
 

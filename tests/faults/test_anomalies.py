@@ -177,6 +177,15 @@ def test_a_run_that_keeps_failing_stops(interval: int, words: str, tmp_path: Pat
     assert [path.name for path in newest] == (["step_00000003"] if interval else [])
 
 
+def test_a_run_never_goes_back_to_bad_weights(tmp_path: Path, recipe: Path) -> None:
+    """The only checkpoint was saved right behind the update that went wrong."""
+    log = tmp_path / "log"
+    assert run(recipe, log, "--anomalies.in_a_row=2", **fault("bad_weights", [3])) == 1, log.read_text()
+    assert "step_00000003: has weights or moments that are NaN or infinite" in log.read_text()
+    said = [line for line in log.read_text().splitlines() if line.startswith("megamm: ")]
+    assert len(said) == 1 and "no checkpoint before them" in said[0]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.tensor=1"])
 def test_a_spike_is_left_out_in_every_layout(layout: str, tmp_path: Path, recipe: Path) -> None:
